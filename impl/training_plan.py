@@ -1,0 +1,94 @@
+"""The plan of a training: every value a user would write, each with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+class SettingLike(Protocol):
+    """How the model is to be trained; any object with these attributes will do.
+
+    dtype: float32, bfloat16, float64. tuning: full, lora, lora-experts, qlora. checkpointing: off,
+    nonreentrant, reentrant. batch: text, padded, packed, images. offload: off, on, legacy, disk,
+    hidden_states. kernels: off, on. accumulation: off, on.
+    """
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def tuning(self) -> str: ...
+    @property
+    def checkpointing(self) -> str: ...
+    @property
+    def batch(self) -> str: ...
+    @property
+    def offload(self) -> str: ...
+    @property
+    def kernels(self) -> str: ...
+    @property
+    def accumulation(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A value and why it was chosen; `deviation` is a key of `impl.deviations` where we differ
+    from the specification."""
+
+    value: Any
+    reason: str
+    deviation: str | None = None
+
+
+@dataclass(frozen=True)
+class LoraPlan:
+    """What is adapted. target_modules: a PEFT regex (full match) or None; target_parameters: suffixes
+    of 3-D expert weights; exclude: why each left-out module is left out."""
+
+    target_modules: str | None
+    target_parameters: tuple[str, ...] = ()
+    r: int = 4
+    alpha: int = 8
+    rslora: bool = False
+    exclude: Mapping[str, str] = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+    quantize_4bit: bool = False
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The decisions by the specification's names, and what `prepare` and `parallelize` act on.
+
+    traits: `impl.detect.Traits` of the model. setting, strategy: as asked for.
+    checkpointing: None, or the kwargs (`{"use_reentrant": False}`). offload: None, True, "legacy",
+    "disk", "hidden_states". freeze: path components of modules to freeze. wrap_classes: FSDP units.
+    experts_implementation: as given to transformers ("eager", "grouped_mm", "scattermoe") or None.
+    fused_loss: whether the loss is computed from hidden states. pack: whether rows are packed.
+    forward_inputs: what a batch must carry. warnings: what was changed or left out, a sentence each.
+    """
+
+    decisions: Mapping[str, Decision]
+    traits: Any
+    setting: SettingLike
+    strategy: str
+    dtype: str = "float32"
+    checkpointing: Mapping[str, Any] | None = None
+    offload: bool | str | None = None
+    freeze: tuple[str, ...] = ()
+    lora: LoraPlan | None = None
+    wrap_classes: tuple[str, ...] = ()
+    find_unused_parameters: bool = False
+    experts_implementation: str | None = None
+    attn_implementation: str | None = None
+    fused_loss: bool = False
+    pack: bool = False
+    train_on_images: bool = False
+    forward_inputs: tuple[str, ...] = ()
+    patches: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    auxiliary_loss: bool = False
+
+    def __getitem__(self, key: str) -> Any:
+        """The value of a decision by the specification's name."""
+        return self.decisions[key].value
