@@ -1,0 +1,121 @@
+"""The bridge to the reference implementation: the only module that knows both `impl` and this suite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from conformance.implementation import Capability, Exclusion
+from conformance.paths import reference_package
+
+_ROOT = reference_package()
+
+
+def _part(name: str) -> Any:
+    """A module of the reference implementation, imported on first use (it needs torch)."""
+    return import_module(f"{_ROOT}.{name}")
+
+
+def _parallel_probe() -> str | None:
+    return None
+
+
+FSDP1_ADAPTERS = Exclusion(
+    "FSDP1 keeps gradient storage for nearly the whole flat parameter, frozen weights included"
+    " (98 % of it for gemma4-moe, 74 times the trainable share): use fsdp2 for adapters",
+    settings=frozenset({"lora", "lora-experts", "qlora"}),
+    strategies=frozenset({"fsdp1"}),
+)
+
+
+class Reference:
+    """`impl/` through the contract."""
+
+    name = "reference"
+    capabilities = (
+        Capability("plan"),
+        Capability("build"),
+        Capability("prepare"),
+        Capability("parallelize", excludes=(FSDP1_ADAPTERS,)),
+        Capability("collate"),
+        Capability("loss"),
+        Capability("fit"),
+        Capability("save"),
+        Capability("load"),
+        Capability("resume"),
+        Capability("merge"),
+        Capability("experts"),
+        Capability("linear_cross_entropy"),
+        Capability("normalize_weight_scales"),
+    )
+    expectations = ()
+
+    @property
+    def refusals(self) -> tuple[type[BaseException], ...]:
+        """How it declines."""
+        return (_part("errors").Refused,)
+
+    def plan(self, config: Any, setting: Any, strategy: str, **options: Any) -> Any:
+        """Every decision with its reason."""
+        return _part("plan").plan(config, setting, strategy, **options)
+
+    def build(self, path: Path, plan: Any, mesh: Any = None) -> Any:
+        """The model of a checkpoint directory."""
+        return _part("build").build(path, plan, mesh)
+
+    def prepare(self, model: Any, plan: Any) -> Any:
+        """Patch, freeze, adapt, kernels, checkpointing, offload."""
+        return _part("prepare").prepare(model, plan)
+
+    def undo(self, model: Any) -> None:
+        """Take `prepare` back."""
+        _part("prepare").undo(model)
+
+    def parallelize(self, model: Any, plan: Any, mesh: Any) -> Any:
+        """Spread a prepared model over the ranks."""
+        return _part("parallel").parallelize(model, plan, mesh)
+
+    def collate(self, samples: Sequence[Mapping[str, Any]], plan: Any) -> Any:
+        """Samples to a batch."""
+        return _part("collate").collate(samples, plan)
+
+    def loss(self, model: Any, batch: Mapping[str, Any], num_items_in_batch: Any = None) -> Any:
+        """The token-weighted training loss."""
+        return _part("loss").loss(model, batch, num_items_in_batch)
+
+    def fit(self, model: Any, samples: Sequence[Any], plan: Any, **options: Any) -> Any:
+        """HF Trainer, set up rightly."""
+        return _part("fit").fit(model, samples, plan, **options)
+
+    def save(self, model: Any, path: Path) -> None:
+        """The adapter, or the model."""
+        _part("checkpoints").save(model, path)
+
+    def load(self, model: Any, path: Path) -> Any:
+        """What `save` wrote, into a base model."""
+        return _part("checkpoints").load(model, path)
+
+    def resume(self, model: Any, samples: Sequence[Any], plan: Any, **options: Any) -> Any:
+        """Go on from a training checkpoint: `fit` with `resume=` set."""
+        return _part("fit").fit(model, samples, plan, **options)
+
+    def merge(self, model: Any) -> Any:
+        """Fold the adapters into the weights."""
+        return _part("checkpoints").merge(model)
+
+    def experts(self, *args: Any, **options: Any) -> Any:
+        """The experts kernel with LoRA (see `impl.kernels.experts`)."""
+        return _part("kernels.experts").moe_lora_experts(*args, **options)
+
+    def linear_cross_entropy(self, *args: Any, **options: Any) -> Any:
+        """The loss from hidden states and classifier."""
+        return _part("kernels.cross_entropy").linear_cross_entropy(*args, **options)
+
+    def normalize_weight_scales(self, model: Any, rules: Any) -> Any:
+        """Rescale weights whose spread drifted from their group's median."""
+        return _part("weight_scales").normalize_weight_scales(model, rules)
+
+
+IMPLEMENTATION = Reference()

@@ -1,0 +1,211 @@
+"""The stock stack, used as its own documentation tells a user to: transformers, PEFT, HF Trainer.
+
+Its known failures are in `transformers_expectations.py` beside this file.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from conformance.implementation import Capability, Exclusion
+from conformance.implementations.transformers_expectations import EXPECTATIONS
+
+EXPERT_PARAMETERS = ("experts.gate_up_proj", "experts.down_proj")
+
+
+@dataclass(frozen=True)
+class StockDecision:
+    """A value of the documentation's quick starts."""
+
+    value: Any
+    reason: str = "documented default"
+
+
+@dataclass(frozen=True)
+class StockPlan:
+    """What a user of the stock stack writes down."""
+
+    setting: Any
+    strategy: str
+    options: Mapping[str, Any]
+    decisions: Mapping[str, StockDecision]
+    warnings: tuple[str, ...] = field(default=())
+
+
+class StockTransformers:
+    """transformers + PEFT + accelerate as shipped."""
+
+    name = "transformers"
+    capabilities = (
+        Capability("plan"),
+        Capability("build"),
+        Capability("prepare", excludes=(
+            Exclusion(
+                "stock transformers has no fused loss or experts kernel to switch on",
+                settings=frozenset({"kernels"}),
+            ),
+            Exclusion(
+                "stock transformers has no activation offloading; TRL and axolotl add it",
+                settings=frozenset(
+                    {"offload", "offload-legacy", "offload-disk", "offload-hidden_states"}
+                ),
+            ),
+        )),
+        Capability("parallelize"),
+        Capability("collate"),
+        Capability("loss"),
+        Capability("fit"),
+        Capability("save"),
+        Capability("load"),
+        Capability("resume"),
+        Capability("merge"),
+    )
+    expectations = EXPECTATIONS
+    refusals: tuple[type[BaseException], ...] = ()
+
+    def plan(self, config: Any, setting: Any, strategy: str, **options: Any) -> StockPlan:
+        """The quick starts' values: adapters on all linear layers, checkpointing as asked."""
+        kwargs = None
+        if setting.checkpointing != "off":
+            kwargs = {"use_reentrant": setting.checkpointing == "reentrant"}
+        values = {
+            "gradient_checkpointing": setting.checkpointing != "off",
+            "gradient_checkpointing_kwargs": kwargs,
+            "lora_target_modules": options.get("lora_targets", "all-linear"),
+            "lora_target_parameters": list(EXPERT_PARAMETERS)
+            if setting.tuning == "lora-experts"
+            else [],
+            "sample_packing": setting.batch == "packed",
+        }
+        decisions = {name: StockDecision(value) for name, value in values.items()}
+        return StockPlan(setting, strategy, dict(options), decisions)
+
+    def build(self, path: Path, plan: StockPlan, mesh: Any = None) -> Any:
+        """`from_pretrained` of the class that the checkpoint names."""
+        import torch
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(path)
+        model_class = getattr(transformers, config.architectures[0])
+        options: dict[str, Any] = {"dtype": getattr(torch, plan.setting.dtype)}
+        if plan.setting.dtype == "float64":
+            options["experts_implementation"] = "eager"  # grouped_mm refuses float64
+        if plan.setting.tuning == "qlora":
+            options["quantization_config"] = transformers.BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=options["dtype"],
+            )
+        return model_class.from_pretrained(path, attn_implementation="sdpa", **options)
+
+    def prepare(self, model: Any, plan: StockPlan) -> Any:
+        """Checkpointing by the model's own switch, adapters by PEFT."""
+        checkpointing = plan.decisions["gradient_checkpointing_kwargs"].value
+        if checkpointing is not None:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
+        if plan.setting.tuning == "full":
+            return model
+        import peft
+
+        if checkpointing is not None:
+            model.enable_input_require_grads()
+        parameters = plan.decisions["lora_target_parameters"].value
+        config = peft.LoraConfig(
+            r=plan.options.get("lora_r", 4),
+            lora_alpha=plan.options.get("lora_alpha", 8),
+            lora_dropout=plan.options.get("lora_dropout", 0.0),
+            use_rslora=plan.options.get("use_rslora", False),
+            target_modules=plan.decisions["lora_target_modules"].value,
+            target_parameters=parameters or None,
+            modules_to_save=plan.options.get("modules_to_save"),
+            task_type="CAUSAL_LM",
+        )
+        return peft.get_peft_model(model, config)
+
+    def undo(self, model: Any) -> None:
+        """Nothing global was done."""
+
+    def parallelize(self, model: Any, plan: StockPlan, mesh: Any) -> Any:
+        """Spread through accelerate, as its users do."""
+        from conformance.implementations.transformers_parallel import parallelize
+
+        return parallelize(model, plan, mesh)
+
+    def collate(self, samples: Sequence[Mapping[str, Any]], plan: StockPlan) -> dict[str, Any]:
+        """The documented collators: flattening for packed rows, padding otherwise."""
+        from conformance import batches
+
+        if plan.setting.batch != "packed":
+            return batches.stack(samples)
+        from transformers import DataCollatorWithFlattening
+
+        rows = [
+            {"input_ids": list(map(int, s["input_ids"])), "labels": list(map(int, s["labels"]))}
+            for s in samples
+        ]
+        return dict(DataCollatorWithFlattening(return_position_ids=True)(rows))
+
+    def loss(self, model: Any, batch: Mapping[str, Any], num_items_in_batch: Any = None) -> Any:
+        """The model's own loss."""
+        extra = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+        return model(**batch, **extra).loss
+
+    def fit(self, model: Any, samples: Sequence[Any], plan: StockPlan, **options: Any) -> Any:
+        """HF `Trainer` with its defaults, but for what makes two runs comparable."""
+        import transformers
+
+        directory = options.get("output_dir") or tempfile.mkdtemp(prefix="conformance-")
+        arguments = transformers.TrainingArguments(
+            output_dir=str(directory),
+            max_steps=options["steps"],
+            per_device_train_batch_size=options.get("batch_size", 1),
+            gradient_accumulation_steps=options.get("accumulation", 1),
+            learning_rate=options.get("lr", 1e-3),
+            lr_scheduler_type=options.get("schedule", "constant"),
+            max_grad_norm=options.get("max_grad_norm", 0.0),
+            label_smoothing_factor=options.get("label_smoothing", 0.0),
+            save_strategy="steps" if options.get("save_steps") else "no",
+            save_steps=options.get("save_steps") or 500,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            remove_unused_columns=options.get("remove_unused_columns", True),
+            train_sampling_strategy=options.get("sampling", "sequential"),
+            seed=0,
+        )
+        trainer = transformers.Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=list(samples),
+            data_collator=lambda rows: self.collate(rows, plan),
+        )
+        trainer.train(resume_from_checkpoint=options.get("resume"))
+        return trainer
+
+    def resume(self, model: Any, samples: Sequence[Any], plan: StockPlan, **options: Any) -> Any:
+        """`Trainer.train(resume_from_checkpoint=...)`."""
+        return self.fit(model, samples, plan, **options)
+
+    def save(self, model: Any, path: Path) -> None:
+        """`save_pretrained`."""
+        model.save_pretrained(path)
+
+    def load(self, model: Any, path: Path) -> Any:
+        """`PeftModel.from_pretrained`, or the model's own class."""
+        import peft
+
+        if (Path(path) / "adapter_config.json").exists():
+            return peft.PeftModel.from_pretrained(model, path, is_trainable=True)
+        return type(model).from_pretrained(path, dtype=model.dtype)
+
+    def merge(self, model: Any) -> Any:
+        """`merge_and_unload`."""
+        return model.merge_and_unload()
+
+
+IMPLEMENTATION = StockTransformers()

@@ -1,0 +1,1 @@
+"""Oracles: the dumbest correct code, sharing nothing with what they judge."""

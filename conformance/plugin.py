@@ -1,0 +1,392 @@
+"""The pytest plugin: options, markers, cases, expectations, verdicts and the record of a run.
+
+It loads in every pytest run of an environment in which the suite is installed, so it imports no
+torch and does nothing until one of our checks is collected.
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from conformance.case import Case
+    from conformance.implementation import Loaded
+
+CASE = pytest.StashKey["Case"]()
+RUN = pytest.StashKey["Run"]()
+TIERS = {
+    "ranks": "cases that start rank processes",
+    "process": "cases of one process",
+    "kernels": "the experts and cross-entropy kernels",
+    "packing": "packed rows",
+    "quantization": "4-bit base weights",
+    "training": "whole trainings and their loops",
+    "launch": "cases that go through torchrun or accelerate launch",
+    "smoke": "is the adapter sane, apart from being right",
+    "bench": "benchmarks: figures, never assertions",
+    "gpu": "cases that need a GPU",
+    "schema": "snapshots of what a version exposes",
+    "issues": "the specification's table of common issues",
+}
+
+
+class Run:
+    """What one run knows: the implementation, and a row for each case."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        from conformance.implementation import AdapterError, load
+
+        try:
+            self.loaded: Loaded = load(config.getoption("impl"))
+        except AdapterError as error:
+            raise pytest.UsageError(str(error)) from None
+        self.config = config
+        self.started = datetime.datetime.now(datetime.UTC)
+        self.clock = time.monotonic()
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.case_ids: list[str] = []
+        self.files: set[Path] = set()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The suite's options; they are declared here since a packaged conftest comes too late."""
+    group = parser.getgroup("conformance", "conformance of fine-tuning stacks")
+    group.addoption(
+        "--impl",
+        default="reference",
+        metavar="NAME",
+        help="implementation to judge: reference, transformers, or package.module:attribute",
+    )
+    group.addoption(
+        "--matrix",
+        default="default",
+        choices=("default", "full"),
+        help="which cases: the covering matrix, or the whole product (nightly)",
+    )
+    group.addoption(
+        "--case",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="only cases whose id matches, such as 'M05/gemma4-e2b/*'; may be given several times",
+    )
+    group.addoption(
+        "--report", default=None, metavar="FILE", help="write the run's report.json to FILE"
+    )
+    group.addoption(
+        "--device", default="cpu", choices=("cpu", "cuda"), help="where the cases run"
+    )
+    group.addoption(
+        "--shard", default=None, metavar="I/N", help="only the I-th of N parts (counting from 1)"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register every marker that a case can carry."""
+    from conformance.case import TRAITS
+    from conformance.families import MODELS
+    from conformance.settings import DIMENSIONS
+    from conformance.strategies import STRATEGIES
+
+    names: dict[str, str] = {}
+    for model in MODELS.values():
+        names.setdefault(model.family, "model family")
+        names.setdefault(model.name, "model")
+    names.update(dict.fromkeys(TRAITS, "trait of the model"))
+    for tokens in DIMENSIONS.values():
+        names.update({token: "setting" for token in tokens.values() if token})
+    names.update({s.name: f"strategy: {s.claim}" for s in STRATEGIES.values()})
+    names.update(TIERS)
+    for name, meaning in names.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+
+
+def run_of(config: pytest.Config) -> Run:
+    """The run's record; the implementation is loaded on first use."""
+    if RUN not in config.stash:
+        config.stash[RUN] = Run(config)
+    return config.stash[RUN]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The only place that turns a check into cases."""
+    from conformance.check import check_of
+    from conformance.matrix import cases
+
+    check = check_of(metafunc.function)
+    if check is None:
+        return
+    run = run_of(metafunc.config)
+    found = cases(check, metafunc.config.getoption("matrix"))
+    run.case_ids += [case.id for case in found]
+    run.files.add(Path(metafunc.definition.path))
+    wanted = metafunc.config.getoption("case")
+    if wanted:
+        found = [c for c in found if any(fnmatchcase(c.id, glob) for glob in wanted)]
+    metafunc.parametrize("case", [_param(case, run) for case in found])
+
+
+def _param(case: Case, run: Run) -> Any:
+    from conformance.expectation import expected
+
+    marks = [getattr(pytest.mark, name) for name in case.marks]
+    if case.strategy.ranks == 1:
+        marks.append(pytest.mark.process)
+    else:
+        marks.append(pytest.mark.xdist_group(f"{case.strategy.name}-{case.setting.id}"))
+    known = expected(case.id, run.loaded.expectations)
+    if known and run.loaded.unsupported(case) is None:
+        marks.append(
+            pytest.mark.xfail(
+                strict=True, raises=known.raises, reason=f"{known.reason} ({known.issue})"
+            )
+        )
+    return pytest.param(case, id=case.id, marks=marks)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Remember each item's case, refuse stale expectations, and cut the shard."""
+    for item in items:
+        spec = getattr(item, "callspec", None)
+        case = spec.params.get("case") if spec else None
+        if case is not None and hasattr(case, "check"):
+            item.stash[CASE] = case
+    if RUN in config.stash:
+        _refuse_stale(config.stash[RUN])
+    shard = config.getoption("shard")
+    if shard:
+        _cut(shard, items)
+
+
+def _refuse_stale(run: Run) -> None:
+    """UsageError for expectations that match no case, if every check was collected."""
+    from conformance.expectation import stale
+
+    here = Path(__file__).parent / "checks"
+    if not {path.resolve() for path in here.glob("test_*.py")} <= {p.resolve() for p in run.files}:
+        return
+    found = stale(run.case_ids, run.loaded.expectations)
+    if not found:
+        return
+    text = "; ".join(e.pattern for e in found)
+    message = f"{run.loaded.name}: expectations that match no case (remove or mend them): {text}"
+    if hasattr(run.config, "workeroutput"):
+        run.config.workeroutput["conformance_stale"] = message
+        return
+    raise pytest.UsageError(message)
+
+
+def _cut(shard: str, items: list[pytest.Item]) -> None:
+    try:
+        index, count = (int(part) for part in shard.split("/"))
+    except ValueError:
+        raise pytest.UsageError(f"--shard {shard}: write I/N, such as 2/8") from None
+    if not 1 <= index <= count:
+        raise pytest.UsageError(f"--shard {shard}: I lies between 1 and N")
+    items[:] = items[index - 1 :: count]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """The two skips: what is not claimed, and what this machine lacks."""
+    case = item.stash.get(CASE, None)
+    if case is None:
+        return
+    run = run_of(item.config)
+    reason = _model_missing(case) or run.loaded.unsupported(case)
+    if reason:
+        _skip(item, "unsupported", reason)
+    lacking = _hardware_missing(case, item.config.getoption("device"))
+    if lacking:
+        _skip(item, "unavailable", lacking)
+
+
+def _skip(item: pytest.Item, verdict: str, reason: str) -> None:
+    item.user_properties.append(("verdict", verdict))
+    pytest.skip(f"{verdict}: {reason}")
+
+
+def _model_missing(case: Case) -> str | None:
+    if case.model is None:
+        return None
+    from conformance.checkpoint import available
+
+    return available(case.model)
+
+
+def _hardware_missing(case: Case, device: str) -> str | None:
+    if case.check.hardware == "cpu" and (device == "cpu" or case.strategy.ranks == 1):
+        if device == "cpu":
+            return None
+    import torch
+
+    count = torch.cuda.device_count()
+    needed = case.strategy.ranks if device == "cuda" else 1
+    if case.check.hardware != "cpu" and device == "cpu":
+        return "needs a GPU (run with --device cuda)"
+    return None if count >= needed else f"needs {needed} GPUs, this machine has {count}"
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> Iterator[dict[str, float]]:
+    """Numbers that go into the case's row of the report."""
+    numbers: dict[str, float] = {}
+    yield numbers
+    request.node.user_properties.append(("measured", numbers))
+
+
+@pytest.fixture
+def subject(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The implementation under test, bound to the case."""
+    from conformance.subject import bound
+
+    case = request.node.stash[CASE]
+    run = run_of(request.config)
+    with bound(run.loaded, case, request.config.getoption("device")) as found:
+        yield found
+
+
+@pytest.fixture
+def unavailable(request: pytest.FixtureRequest) -> Any:
+    """Call it with a reason where this machine lacks what the case or test needs."""
+
+    def decline(reason: str) -> None:
+        _skip(request.node, "unavailable", reason)
+
+    return decline
+
+
+@pytest.fixture
+def unsupported(request: pytest.FixtureRequest) -> Any:
+    """Call it with a reason where the implementation or an installed version lacks what is asked."""
+
+    def decline(reason: str) -> None:
+        _skip(request.node, "unsupported", reason)
+
+    return decline
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Attach the case id and, to a failure, the exception's kind and the command that repeats it."""
+    outcome = yield
+    case = item.stash.get(CASE, None)
+    if case is None:
+        return
+    report = outcome.get_result()  # type: ignore[attr-defined]
+    properties = [("case_id", case.id)]
+    if call.excinfo is not None and not report.skipped:
+        error = call.excinfo.value
+        properties += [
+            ("exception", type(error).__name__),
+            ("assertion", isinstance(error, AssertionError)),
+            ("message", _first_line(error)),
+        ]
+        report.sections.append(("repeat with", repeat_command(case.id, item.config)))
+    known = [mark.kwargs.get("reason") for mark in item.iter_markers("xfail")]
+    if known:
+        properties.append(("expected", known[0]))
+    report.user_properties = [*report.user_properties, *properties]
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def repeat_command(case_id: str, config: pytest.Config) -> str:
+    """The one command that repeats a case."""
+    options = "".join(
+        f" --{name} {config.getoption(name)}"
+        for name, default in (("impl", "reference"), ("device", "cpu"), ("matrix", "default"))
+        if config.getoption(name) != default
+    )
+    return f"pytest --pyargs conformance --case '{case_id}'{options}"
+
+
+
+
+class _Recorder:
+    """Collects rows where the reports arrive: the only process, or xdist's controller."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.stale: str | None = None
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Fold one phase of a case into its row."""
+        properties = dict(report.user_properties)
+        case_id = properties.get("case_id")
+        if not isinstance(case_id, str):
+            return
+        row = self.rows.setdefault(case_id, {"case_id": case_id, "duration": 0.0})
+        row["duration"] += report.duration
+        row["measured"] = properties.get("measured", row.get("measured", {}))
+        verdict = _verdict(report, properties)
+        if verdict and row.get("verdict") not in ("failed", "error", "timeout", "xpassed"):
+            row["verdict"] = verdict
+            row["reason"] = properties.get("expected") or _skip_reason(report)
+            row["expected"] = "expected" in properties
+            row["message"] = properties.get("message", "")
+            row["repeat"] = next((t for n, t in report.sections if n == "repeat with"), "")
+
+    def pytest_testnodedown(self, node: Any) -> None:
+        """A worker's stale expectations are the run's."""
+        output = getattr(node, "workeroutput", None) or {}
+        self.stale = self.stale or output.get("conformance_stale")
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Write the report; a stale expectation makes the run fail."""
+        if self.stale:
+            session.exitstatus = pytest.ExitCode.USAGE_ERROR
+        path = self.config.getoption("report")
+        if path and self.rows:
+            from conformance.recording import write_report
+
+            write_report(self.config, list(self.rows.values()), Path(path), int(session.exitstatus))
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """The short matrix, and what was stale."""
+        if self.stale:
+            terminalreporter.write_line(f"ERROR: {self.stale}", red=True)
+        if self.rows:
+            from conformance.recording import summary_lines
+
+            terminalreporter.section("conformance")
+            for line in summary_lines(self.config, list(self.rows.values())):
+                terminalreporter.write_line(line)
+
+
+def _verdict(report: pytest.TestReport, properties: dict[str, Any]) -> str | None:
+    if report.skipped:
+        if hasattr(report, "wasxfail"):
+            return "xfailed"
+        return str(properties.get("verdict", "unavailable"))
+    if report.passed:
+        return "passed" if report.when == "call" else None
+    if str(report.longrepr).startswith("[XPASS(strict)]"):
+        return "xpassed"
+    if properties.get("exception") == "RanksTimeout":
+        return "timeout"
+    return "failed" if properties.get("assertion") and report.when == "call" else "error"
+
+
+def _skip_reason(report: pytest.TestReport) -> str:
+    if report.skipped and isinstance(report.longrepr, tuple):
+        text = str(report.longrepr[2]).removeprefix("Skipped: ")
+        return text.partition(": ")[2] or text
+    return ""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Record on the controller only."""
+    if not hasattr(session.config, "workerinput"):
+        session.config.pluginmanager.register(_Recorder(session.config), "conformance-recorder")

@@ -1,0 +1,213 @@
+"""The implementation under test, bound to one case: what a check has in its hands."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from conformance import batches, checkpoint
+from conformance.case import Case, Model
+from conformance.implementation import Loaded
+from conformance.observe import Step
+from conformance.settings import Setting
+from conformance.weights import canonical_name, fill_adapters
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float64")}
+
+# Built models by (implementation, model, setting, overrides): a copy costs a tenth of a load.
+_built: dict[tuple[Any, ...], nn.Module] = {}
+
+
+@dataclass
+class Subject:
+    """One implementation on one case. Every model it hands out is fresh and is undone at the end."""
+
+    loaded: Loaded
+    case: Case
+    device: str = "cpu"
+    _prepared: list[nn.Module] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The implementation's name."""
+        return self.loaded.name
+
+    @property
+    def impl(self) -> Any:
+        """The adapter itself, for the contract's own methods."""
+        return self.loaded.impl
+
+    @property
+    def refusals(self) -> tuple[type[BaseException], ...]:
+        """The exception types by which the implementation declines loudly."""
+        return self.loaded.refusals
+
+    @property
+    def model_spec(self) -> Model:
+        """The case's model; only cases of `per_model` checks have one."""
+        assert self.case.model is not None, f"{self.case.id} has no model"
+        return self.case.model
+
+    def claims(self, capability: str) -> bool:
+        """Whether the implementation has a capability at all."""
+        return capability in self.loaded.capabilities
+
+    def setting(self, **changes: str) -> Setting:
+        """The case's setting with some dimensions changed."""
+        return self.case.setting.but(**changes)
+
+    def plan(
+        self, setting: Setting | None = None, *, options: Mapping[str, Any] | None = None, **changes: str
+    ) -> Any:
+        """The implementation's plan for the case's model; `options` are passed on to it."""
+        setting = (setting or self.case.setting).but(**changes)
+        config = checkpoint.build_config(self.model_spec)
+        return self.impl.plan(config, setting, self.case.strategy.name, **dict(options or {}))
+
+    def built(self, plan: Any, setting: Setting) -> nn.Module:
+        """The unprepared model, loaded by the implementation from a checkpoint on disk."""
+        spec = self.model_spec
+        key = (self.name, spec.name, setting, repr(getattr(plan, "decisions", None)), self.device)
+        if key not in _built:
+            path = checkpoint.checkpoint(spec, "float32")
+            if self.claims("build"):
+                model = self.impl.build(path, plan)
+            else:
+                model = checkpoint.build_stock(spec, dtype=setting.dtype)
+            model = model.to(self.device)
+            if setting.tuning == "qlora":
+                return model
+            if len(_built) > 64:
+                _built.clear()
+            _built[key] = model
+        return copy.deepcopy(_built[key])
+
+    def model(
+        self,
+        setting: Setting | None = None,
+        *,
+        options: Mapping[str, Any] | None = None,
+        plan: Any = None,
+        adapters: bool = True,
+        **changes: str,
+    ) -> nn.Module:
+        """A fresh model, built and prepared, in train mode.
+
+        adapters: fill LoRA's A and B by name (B is zero when fresh, which hides its errors).
+        """
+        setting = (setting or self.case.setting).but(**changes)
+        if plan is None:
+            plan = self.plan(setting, options=options)
+        model = self.built(plan, setting)
+        if self.claims("prepare"):
+            model = self.impl.prepare(model, plan)
+            self._prepared.append(model)
+        if adapters and setting.tuning != "full":
+            fill_adapters(model)
+        model.plan_under_test = plan
+        return model.train()
+
+    def stock(
+        self, dtype: str = "float64", attn: str = "eager", experts: str = "eager"
+    ) -> nn.Module:
+        """The installed class, unpatched, weights by name: the model of the oracles."""
+        model = checkpoint.build_stock(self.model_spec, dtype=dtype, attn=attn, experts=experts)
+        return model.to(self.device)
+
+    def samples(self, kind: str | None = None, **options: Any) -> list[dict[str, Any]]:
+        """Deterministic samples of a kind (the setting's own by default)."""
+        return batches.samples(self.model_spec, kind or self.case.setting.batch, **options)
+
+    def collate(self, samples: Sequence[Mapping[str, Any]], plan: Any) -> dict[str, Any]:
+        """A batch by the implementation's own collation, or by the suite's where it claims none."""
+        if self.claims("collate"):
+            return dict(self.impl.collate(samples, plan))
+        if self.case.setting.batch == "packed":
+            return batches.pack(samples)
+        return batches.stack(samples)
+
+    def batch(
+        self, kind: str | None = None, *, dtype: str | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """A collated batch of a kind, floating inputs in the setting's dtype, on the device."""
+        kind = kind or self.case.setting.batch
+        setting = self.case.setting.but(batch=kind) if kind != "mixed" else self.case.setting
+        batch = self.collate(self.samples(kind, **options), self.plan(setting))
+        return self.to(batch, dtype or self.case.setting.dtype)
+
+    def to(self, batch: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+        """The batch on the case's device with its floating tensors in `dtype`."""
+        return {
+            key: _moved(value, self.device, DTYPES[dtype]) if torch.is_tensor(value) else value
+            for key, value in batch.items()
+        }
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Any], n: Any = None) -> torch.Tensor:
+        """The training loss: the implementation's own, or the model's where it claims none."""
+        if self.claims("loss"):
+            found = self.impl.loss(model, batch, n)
+        else:
+            extra = {} if n is None else {"num_items_in_batch": n}
+            found = model(**batch, **extra).loss
+        assert torch.is_tensor(found), f"{self.case.id}: loss is {type(found)}, not a tensor"
+        return found
+
+    def step(self, model: nn.Module, batch: Mapping[str, Any], n: Any = None) -> Step:
+        """One forward and backward: the loss and every gradient, by canonical name."""
+        model.zero_grad(set_to_none=True)
+        loss = self.loss(model, batch, n)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return Step(loss=float(loss.detach()), gradients=gradients(model), parameters={})
+
+    def eval_logits(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Logits in evaluation mode without gradient, labels left out: (B, S, V)."""
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        was_training = model.training
+        model.eval()
+        with torch.no_grad():
+            logits = model(**inputs, use_cache=False).logits
+        model.train(was_training)
+        assert torch.is_tensor(logits)
+        return logits
+
+    def close(self) -> None:
+        """Take back everything global that was done for this case."""
+        while self._prepared:
+            self.impl.undo(self._prepared.pop())
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every gradient by canonical parameter name; a trainable parameter without one is left out."""
+    return {
+        canonical_name(name): parameter.grad.detach().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def _moved(tensor: torch.Tensor, device: str, dtype: torch.dtype) -> torch.Tensor:
+    if tensor.is_floating_point():
+        return tensor.to(device, dtype)
+    return tensor.to(device)
+
+
+@contextmanager
+def bound(
+    loaded: Loaded, case: Case, device: str, register: Callable[[Subject], None] | None = None
+) -> Iterator[Subject]:
+    """A Subject that is closed when the case ends, however it ends."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    subject = Subject(loaded, case, device)
+    if register:
+        register(subject)
+    try:
+        yield subject
+    finally:
+        subject.close()
