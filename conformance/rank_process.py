@@ -132,7 +132,7 @@ def _failure(error: BaseException) -> Outcome:
     try:
         pickled = dumps(error)
         loads(pickled)
-    except Exception:  # an exception class may refuse pickling in any way it likes
+    except Exception:  # noqa: BLE001 - an exception class may refuse pickling in any way it likes
         pickled = None
     return Outcome(None, text, pickled, time.monotonic())
 
@@ -142,7 +142,7 @@ def execute(context: RankContext, payload: bytes) -> Outcome:
     try:
         fn, args = loads(payload)
         return Outcome(dumps(fn(context, *args)))
-    except BaseException as error:  # SystemExit and pytest's outcomes are failures of the rank too
+    except BaseException as error:  # noqa: BLE001 - SystemExit and pytest's outcomes too
         return _failure(error)
 
 
@@ -171,7 +171,9 @@ def process_group(context: RankContext, store: Any) -> Iterator[None]:
         ones = torch.ones(1, device=context.device)
         dist.all_reduce(ones)
         if ones.item() != context.world_size:
-            raise RuntimeError(f"all-reduce of ones gave {ones.item()} on {context.world_size} ranks")
+            raise RuntimeError(
+                f"all-reduce of ones gave {ones.item()} on {context.world_size} ranks"
+            )
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -195,7 +197,9 @@ def _enter(start: Start) -> None:
     loopback = _loopback()
     if loopback:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-    output = os.open(context.scratch / f"output.{context.rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    output = os.open(
+        context.scratch / f"output.{context.rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    )
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(output)
@@ -226,22 +230,23 @@ def rank_main(connection: Connection, start: Start) -> None:
     connection.send("ready")
     import torch
     import torch.distributed as dist
+    from torch._C._distributed_c10d import FileStore
 
-    if torch.cuda.is_initialized():
+    if torch.cuda._initialized:
         connection.send(_failure(RuntimeError("the forkserver's preload created a CUDA context")))
         os._exit(1)
     torch.set_num_threads(1)
     seed_everything(start.seed)
     context = start.context
     try:
-        store = dist.FileStore(str(context.scratch / "store"), context.world_size)
+        store = FileStore(str(context.scratch / "store"), context.world_size)
         with process_group(context, store):
             outcome = execute(context, start.payload)
             connection.send(outcome)
             if outcome.value is None:
                 os._exit(1)
             connection.recv()
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
         with contextlib.suppress(OSError):
             connection.send(_failure(error))
         os._exit(1)
@@ -261,14 +266,15 @@ def run_in_place(payload: bytes, device: str, timeout: float, seed: int) -> list
     """
     global _base_store, _calls
     import torch
-    import torch.distributed as dist
+    from torch._C._distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local = int(os.environ.get("LOCAL_RANK", rank))
     if _base_store is None:
-        _base_store, _, _ = next(iter(dist.rendezvous("env://", rank, world_size)))
+        _base_store, _, _ = next(iter(rendezvous("env://", rank, world_size)))
     _calls += 1
-    store = dist.PrefixStore(f"conformance/{_calls}", _base_store)
+    store: Any = PrefixStore(f"conformance/{_calls}", _base_store)
     store.set_timeout(timedelta(seconds=timeout))
     scratch = _shared_scratch(store, rank)
     where = f"cuda:{local}" if device == "cuda" else device
@@ -278,7 +284,7 @@ def run_in_place(payload: bytes, device: str, timeout: float, seed: int) -> list
     seed_everything(seed)
     faulthandler.dump_traceback_later(timeout, exit=True, file=sys.__stderr__ or sys.stderr)
     try:
-        with process_group(context, dist.PrefixStore("group", store)):
+        with process_group(context, PrefixStore("group", store)):
             outcome = execute(context, payload)
             store.set(f"outcome/{rank}", dumps(outcome))
             outcomes = [loads(store.get(f"outcome/{other}")) for other in range(world_size)]

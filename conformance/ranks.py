@@ -62,10 +62,10 @@ BASE_MODULES = (
 )
 """Imported once by the forkserver; a module that an older stack lacks is passed over."""
 
-_FAMILIES = (
-    "gemma4 gemma4_unified gemma3 gemma3n qwen3_5 qwen3_5_moe qwen3_next qwen3_moe qwen2_moe mixtral siglip"
+_FAMILIES = "gemma4 gemma4_unified gemma3 gemma3n qwen3_5 qwen3_5_moe qwen3_next qwen3_moe qwen2_moe mixtral siglip"
+MODELLING_MODULES = tuple(
+    f"transformers.models.{name}.modeling_{name}" for name in _FAMILIES.split()
 )
-MODELLING_MODULES = tuple(f"transformers.models.{name}.modeling_{name}" for name in _FAMILIES.split())
 """The default of `preload`: every modelling module that the suite's families use."""
 
 START_SECONDS = 240.0
@@ -204,7 +204,9 @@ class _Rank:
     def file(self, name: str) -> str:
         """A file that the rank wrote in the scratch directory; empty if there is none."""
         try:
-            return (self.context.scratch / f"{name}.{self.context.rank}").read_text(errors="replace")
+            return (self.context.scratch / f"{name}.{self.context.rank}").read_text(
+                errors="replace"
+            )
         except OSError:
             return ""
 
@@ -304,7 +306,9 @@ class _Group:
         others = {r: s for r, s in self.stacks().items() if r != number}
         text += "".join(f"\nmeanwhile rank {rank}:\n{stack}" for rank, stack in others.items())
         output = first.file("output")[-OUTPUT_TAIL:].strip()
-        return RankFailed(number, text + (f"\noutput of rank {number}:\n{output}" if output else ""), error)
+        return RankFailed(
+            number, text + (f"\noutput of rank {number}:\n{output}" if output else ""), error
+        )
 
     def close(self, clean: bool) -> None:
         """Let finished ranks go, end the others, and reap all of them."""

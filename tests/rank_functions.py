@@ -109,7 +109,9 @@ def launched() -> None:
         ranks.run(4, twice, False)
     except ranks.WrongWorldSize as error:
         wrong = str(error)
-    line = f"{good == again == [(3, [0, 2]), (3, [1, 2])]} | {failure} | {wrong} | {ranks.reporter()}"
+    line = (
+        f"{good == again == [(3, [0, 2]), (3, [1, 2])]} | {failure} | {wrong} | {ranks.reporter()}"
+    )
     Path(sys.argv[2], f"launched.{os.environ['RANK']}").write_text(line)
 
 

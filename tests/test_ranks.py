@@ -84,7 +84,9 @@ def _directories() -> set[str]:
     """Scratch directories on this machine."""
     import tempfile
 
-    return {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("conformance-ranks-")}
+    return {
+        name for name in os.listdir(tempfile.gettempdir()) if name.startswith("conformance-ranks-")
+    }
 
 
 @pytest.fixture(autouse=True)
