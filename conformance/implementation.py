@@ -122,7 +122,8 @@ class Implementation(Protocol):
 
     def build(self, path: Path, plan: TrainingPlan, mesh: Any = None) -> nn.Module:
         """The model of a checkpoint directory as the stack loads it (class, dtype, quantisation;
-        sharded over `mesh` where the stack shards while loading)."""
+        sharded over `mesh` where the stack shards while loading).
+        """
 
     def prepare(self, model: nn.Module, plan: TrainingPlan) -> nn.Module:
         """Patch, freeze, adapt, kernels, checkpointing, offload; ready to train."""
@@ -142,13 +143,15 @@ class Implementation(Protocol):
         self, model: nn.Module, batch: Mapping[str, Any], num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """The training loss of a batch: summed over labelled tokens / `num_items_in_batch`, or the
-        mean over labelled tokens when that is None."""
+        mean over labelled tokens when that is None.
+        """
 
     def fit(
         self, model: nn.Module, samples: Sequence[Any], plan: TrainingPlan, **options: Any
     ) -> None:
         """The stack's own training loop. options: steps, batch_size, accumulation, lr, output_dir,
-        resume (a checkpoint directory or None), max_grad_norm, label_smoothing."""
+        resume (a checkpoint directory or None), max_grad_norm, label_smoothing.
+        """
 
     def save(self, model: nn.Module, path: Path) -> None:
         """Write what a user would keep: the adapter if there is one, else the model."""
@@ -227,8 +230,7 @@ def adopt(impl: Any, spec: str = "") -> Loaded:
         lacking = [m for m in METHODS[capability.name] if not callable(getattr(impl, m, None))]
         if lacking:
             raise AdapterError(
-                f"{where}: {name} claims {capability.name!r} but has no method"
-                f" {', '.join(lacking)}"
+                f"{where}: {name} claims {capability.name!r} but has no method {', '.join(lacking)}"
             )
         capabilities[capability.name] = capability
     if not capabilities:

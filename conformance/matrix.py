@@ -103,7 +103,8 @@ def _spread(
     settings: Sequence[Setting], strategies: Sequence[object], own: int
 ) -> list[tuple[Setting, object]]:
     """Each own setting with each strategy; the array's rows dealt over the strategies in turn, so
-    that across models each (setting, strategy) pair is met."""
+    that across models each (setting, strategy) pair is met.
+    """
     rows: list[tuple[Setting, object]] = [(s, t) for t in strategies for s in settings[:own]]
     for index, setting in enumerate(settings[own:]):
         rows.append((setting, strategies[index % len(strategies)]))

@@ -6,7 +6,6 @@ torch and does nothing until one of our checks is collected.
 
 from __future__ import annotations
 
-import datetime
 import time
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -18,6 +17,7 @@ import pytest
 if TYPE_CHECKING:
     from conformance.case import Case
     from conformance.implementation import Loaded
+    from conformance.report import Report
 
 CASE = pytest.StashKey["Case"]()
 RUN = pytest.StashKey["Run"]()
@@ -48,10 +48,8 @@ class Run:
         except AdapterError as error:
             raise pytest.UsageError(str(error)) from None
         self.config = config
-        self.started = datetime.datetime.now(datetime.UTC)
-        self.clock = time.monotonic()
-        self.rows: dict[str, dict[str, Any]] = {}
         self.case_ids: list[str] = []
+        self.checks: dict[str, tuple[str, str]] = {}
         self.files: set[Path] = set()
 
 
@@ -80,9 +78,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--report", default=None, metavar="FILE", help="write the run's report.json to FILE"
     )
-    group.addoption(
-        "--device", default="cpu", choices=("cpu", "cuda"), help="where the cases run"
-    )
+    group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the cases run")
     group.addoption(
         "--shard", default=None, metavar="I/N", help="only the I-th of N parts (counting from 1)"
     )
@@ -126,6 +122,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     run = run_of(metafunc.config)
     found = cases(check, metafunc.config.getoption("matrix"))
     run.case_ids += [case.id for case in found]
+    run.checks[check.id] = (check.claim, check.motivation)
     run.files.add(Path(metafunc.definition.path))
     wanted = metafunc.config.getoption("case")
     if wanted:
@@ -290,10 +287,28 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
             ("message", _first_line(error)),
         ]
         report.sections.append(("repeat with", repeat_command(case.id, item.config)))
-    known = [mark.kwargs.get("reason") for mark in item.iter_markers("xfail")]
-    if known:
-        properties.append(("expected", known[0]))
+        properties.append(("where", _place(call.excinfo)))
+    known = _expectation(item)
+    if known is not None:
+        properties += [
+            ("expected", known.pattern),
+            ("reason", known.reason),
+            ("issue", known.issue),
+        ]
     report.user_properties = [*report.user_properties, *properties]
+
+
+def _expectation(item: pytest.Item) -> Any:
+    from conformance.expectation import expected
+
+    if item.get_closest_marker("xfail") is None:
+        return None
+    return expected(item.stash[CASE].id, run_of(item.config).loaded.expectations)
+
+
+def _place(excinfo: pytest.ExceptionInfo[BaseException]) -> str:
+    last = excinfo.traceback[-1]
+    return f"{Path(last.path).name}:{last.lineno + 1}"
 
 
 def _first_line(error: BaseException) -> str:
@@ -310,8 +325,6 @@ def repeat_command(case_id: str, config: pytest.Config) -> str:
     return f"pytest --pyargs conformance --case '{case_id}'{options}"
 
 
-
-
 class _Recorder:
     """Collects rows where the reports arrive: the only process, or xdist's controller."""
 
@@ -319,6 +332,10 @@ class _Recorder:
         self.config = config
         self.rows: dict[str, dict[str, Any]] = {}
         self.stale: str | None = None
+        from conformance.report import now
+
+        self.started = now()
+        self.clock = time.monotonic()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Fold one phase of a case into its row."""
@@ -332,10 +349,34 @@ class _Recorder:
         verdict = _verdict(report, properties)
         if verdict and row.get("verdict") not in ("failed", "error", "timeout", "xpassed"):
             row["verdict"] = verdict
-            row["reason"] = properties.get("expected") or _skip_reason(report)
-            row["expected"] = "expected" in properties
-            row["message"] = properties.get("message", "")
+            row["reason"] = properties.get("reason") or _skip_reason(report)
+            for name in ("expected", "issue", "message", "where"):
+                row[name] = properties.get(name, "")
             row["repeat"] = next((t for n, t in report.sections if n == "repeat with"), "")
+
+    def report(self, status: int) -> Report:
+        """The run's record so far."""
+        from conformance.report import Report, Row, hardware, versions
+
+        run = self.config.stash.get(RUN, None)
+        device = self.config.getoption("device")
+        selection = " ".join(
+            f"-{flag} {text!r}"
+            for flag, name in (("m", "markexpr"), ("k", "keyword"))
+            if (text := self.config.getoption(name, ""))
+        )
+        return Report(
+            implementation=run.loaded.name if run else self.config.getoption("impl"),
+            rows=tuple(Row(**row) for row in self.rows.values()),
+            versions=versions(),
+            hardware=hardware(device, _device_name(device)),
+            matrix=self.config.getoption("matrix"),
+            started=self.started,
+            selection=selection,
+            wall_s=time.monotonic() - self.clock,
+            exit=status,
+            checks=run.checks if run else {},
+        )
 
     def pytest_testnodedown(self, node: Any) -> None:
         """A worker's stale expectations are the run's."""
@@ -348,20 +389,28 @@ class _Recorder:
             session.exitstatus = pytest.ExitCode.USAGE_ERROR
         path = self.config.getoption("report")
         if path and self.rows:
-            from conformance.recording import write_report
+            from conformance.report import write
 
-            write_report(self.config, list(self.rows.values()), Path(path), int(session.exitstatus))
+            write(self.report(int(session.exitstatus)), Path(path))
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """The short matrix, and what was stale."""
         if self.stale:
             terminalreporter.write_line(f"ERROR: {self.stale}", red=True)
         if self.rows:
-            from conformance.recording import summary_lines
+            from conformance.terminal import matrix_lines
 
             terminalreporter.section("conformance")
-            for line in summary_lines(self.config, list(self.rows.values())):
+            for line in matrix_lines(self.report(0)):
                 terminalreporter.write_line(line)
+
+
+def _device_name(device: str) -> str:
+    if device == "cpu":
+        return ""
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
 
 
 def _verdict(report: pytest.TestReport, properties: dict[str, Any]) -> str | None:

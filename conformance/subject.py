@@ -63,7 +63,11 @@ class Subject:
         return self.case.setting.but(**changes)
 
     def plan(
-        self, setting: Setting | None = None, *, options: Mapping[str, Any] | None = None, **changes: str
+        self,
+        setting: Setting | None = None,
+        *,
+        options: Mapping[str, Any] | None = None,
+        **changes: str,
     ) -> Any:
         """The implementation's plan for the case's model; `options` are passed on to it."""
         setting = (setting or self.case.setting).but(**changes)

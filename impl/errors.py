@@ -5,7 +5,8 @@ from __future__ import annotations
 
 class Refused(ValueError):
     """The request would train wrongly or silently do nothing; the message is one line and says
-    what is wrong, where, and what would be right."""
+    what is wrong, where, and what would be right.
+    """
 
 
 class ConfigError(ValueError):

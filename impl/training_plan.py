@@ -34,7 +34,8 @@ class SettingLike(Protocol):
 @dataclass(frozen=True)
 class Decision:
     """A value and why it was chosen; `deviation` is a key of `impl.deviations` where we differ
-    from the specification."""
+    from the specification.
+    """
 
     value: Any
     reason: str
@@ -44,7 +45,8 @@ class Decision:
 @dataclass(frozen=True)
 class LoraPlan:
     """What is adapted. target_modules: a PEFT regex (full match) or None; target_parameters: suffixes
-    of 3-D expert weights; exclude: why each left-out module is left out."""
+    of 3-D expert weights; exclude: why each left-out module is left out.
+    """
 
     target_modules: str | None
     target_parameters: tuple[str, ...] = ()

@@ -43,18 +43,21 @@ class StockTransformers:
     capabilities = (
         Capability("plan"),
         Capability("build"),
-        Capability("prepare", excludes=(
-            Exclusion(
-                "stock transformers has no fused loss or experts kernel to switch on",
-                settings=frozenset({"kernels"}),
-            ),
-            Exclusion(
-                "stock transformers has no activation offloading; TRL and axolotl add it",
-                settings=frozenset(
-                    {"offload", "offload-legacy", "offload-disk", "offload-hidden_states"}
+        Capability(
+            "prepare",
+            excludes=(
+                Exclusion(
+                    "stock transformers has no fused loss or experts kernel to switch on",
+                    settings=frozenset({"kernels"}),
+                ),
+                Exclusion(
+                    "stock transformers has no activation offloading; TRL and axolotl add it",
+                    settings=frozenset(
+                        {"offload", "offload-legacy", "offload-disk", "offload-hidden_states"}
+                    ),
                 ),
             ),
-        )),
+        ),
         Capability("parallelize"),
         Capability("collate"),
         Capability("loss"),
