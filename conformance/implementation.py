@@ -101,9 +101,12 @@ class TrainingPlan(Protocol):
     """
 
     @property
-    def decisions(self) -> Mapping[str, Decision]: ...
+    def decisions(self) -> Mapping[str, Decision]:
+        """Values by the specification's names."""
+
     @property
-    def warnings(self) -> Sequence[str]: ...
+    def warnings(self) -> Sequence[str]:
+        """Sentences, each about one change."""
 
 
 class Implementation(Protocol):
@@ -137,7 +140,7 @@ class Implementation(Protocol):
     def collate(
         self, samples: Sequence[Mapping[str, Any]], plan: TrainingPlan
     ) -> dict[str, torch.Tensor]:
-        """A batch from samples (`conformance.batches.Sample`): padded or packed, labels included."""
+        """A batch from samples (see `conformance.batches`): padded or packed, labels included."""
 
     def loss(
         self, model: nn.Module, batch: Mapping[str, Any], num_items_in_batch: Any = None

@@ -219,9 +219,8 @@ def _model_missing(case: Case) -> str | None:
 
 
 def _hardware_missing(case: Case, device: str) -> str | None:
-    if case.check.hardware == "cpu" and (device == "cpu" or case.strategy.ranks == 1):
-        if device == "cpu":
-            return None
+    if case.check.hardware == "cpu" and device == "cpu":
+        return None
     import torch
 
     count = torch.cuda.device_count()
@@ -262,7 +261,7 @@ def unavailable(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 def unsupported(request: pytest.FixtureRequest) -> Any:
-    """Call it with a reason where the implementation or an installed version lacks what is asked."""
+    """Call it with a reason where the implementation or a version lacks what is asked."""
 
     def decline(reason: str) -> None:
         _skip(request.node, "unsupported", reason)
@@ -272,7 +271,7 @@ def unsupported(request: pytest.FixtureRequest) -> Any:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """Attach the case id and, to a failure, the exception's kind and the command that repeats it."""
+    """Attach the case id and, to a failure, its kind and the command that repeats it."""
     outcome = yield
     case = item.stash.get(CASE, None)
     if case is None:

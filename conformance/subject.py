@@ -26,7 +26,7 @@ _built: dict[tuple[Any, ...], nn.Module] = {}
 
 @dataclass
 class Subject:
-    """One implementation on one case. Every model it hands out is fresh and is undone at the end."""
+    """One implementation on one case; every model it hands out is fresh and undone at the end."""
 
     loaded: Loaded
     case: Case

@@ -16,19 +16,19 @@ class SettingLike(Protocol):
     """
 
     @property
-    def dtype(self) -> str: ...
+    def dtype(self) -> str: ...  # noqa: D102
     @property
-    def tuning(self) -> str: ...
+    def tuning(self) -> str: ...  # noqa: D102
     @property
-    def checkpointing(self) -> str: ...
+    def checkpointing(self) -> str: ...  # noqa: D102
     @property
-    def batch(self) -> str: ...
+    def batch(self) -> str: ...  # noqa: D102
     @property
-    def offload(self) -> str: ...
+    def offload(self) -> str: ...  # noqa: D102
     @property
-    def kernels(self) -> str: ...
+    def kernels(self) -> str: ...  # noqa: D102
     @property
-    def accumulation(self) -> str: ...
+    def accumulation(self) -> str: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Decision:
 
 @dataclass(frozen=True)
 class LoraPlan:
-    """What is adapted. target_modules: a PEFT regex (full match) or None; target_parameters: suffixes
-    of 3-D expert weights; exclude: why each left-out module is left out.
+    """What is adapted. target_modules: a PEFT regex (full match) or None; target_parameters:
+    suffixes of 3-D expert weights; exclude: why each left-out module is left out.
     """
 
     target_modules: str | None
@@ -67,7 +67,7 @@ class TrainingPlan:
     "disk", "hidden_states". freeze: path components of modules to freeze. wrap_classes: FSDP units.
     experts_implementation: as given to transformers ("eager", "grouped_mm", "scattermoe") or None.
     fused_loss: whether the loss is computed from hidden states. pack: whether rows are packed.
-    forward_inputs: what a batch must carry. warnings: what was changed or left out, a sentence each.
+    forward_inputs: what a batch must carry. warnings: what was changed or left out.
     """
 
     decisions: Mapping[str, Decision]

@@ -1,4 +1,4 @@
-"""The bridge to the reference implementation: the only module that knows both `impl` and this suite."""
+"""The bridge to the reference implementation: the only module that knows both sides."""
 
 from __future__ import annotations
 
