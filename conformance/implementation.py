@@ -175,6 +175,7 @@ class Loaded:
     capabilities: dict[str, Capability]
     expectations: tuple[Expectation, ...]
     refusals: tuple[type[BaseException], ...]
+    spec: str = ""  # how a rank loads the same implementation
     _probed: dict[str, str | None] = field(default_factory=dict)
 
     def unsupported(self, case: Case) -> str | None:
@@ -240,4 +241,4 @@ def adopt(impl: Any, spec: str = "") -> Loaded:
         raise AdapterError(f"{where}: {name} claims no capability; fill `capabilities`")
     expectations = tuple(getattr(impl, "expectations", ()))
     refusals = tuple(getattr(impl, "refusals", ()))
-    return Loaded(impl, name, capabilities, expectations, refusals)
+    return Loaded(impl, name, capabilities, expectations, refusals, spec)

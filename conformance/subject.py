@@ -24,6 +24,11 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float6
 _built: dict[tuple[Any, ...], nn.Module] = {}
 
 
+def forget_models() -> None:
+    """Drop the built models, so that the next case loads its own."""
+    _built.clear()
+
+
 @dataclass
 class Subject:
     """One implementation on one case; every model it hands out is fresh and undone at the end."""
