@@ -113,13 +113,15 @@ class Subject:
         setting = (setting or self.case.setting).but(**changes)
         if plan is None:
             plan = self.plan(setting, options=options)
-        model = self.built(plan, setting)
+        return self.adopt(self.built(plan, setting), plan, adapters and setting.tuning != "full")
+
+    def adopt(self, model: nn.Module, plan: Any, adapters: bool = True) -> nn.Module:
+        """Prepare a built model by the plan; it is undone when the case ends."""
         if self.claims("prepare"):
             model = self.impl.prepare(model, plan)
             self._prepared.append(model)
-        if adapters and setting.tuning != "full":
+        if adapters:
             fill_adapters(model)
-        model.plan_under_test = plan
         return model.train()
 
     def stock(
