@@ -118,8 +118,10 @@ class Check:
         if self.models:
             return model.name in self.models
         has = model.traits
-        return has >= self.traits and not (has & self.without) and bool(
-            not self.any_of or has & self.any_of
+        return (
+            has >= self.traits
+            and not (has & self.without)
+            and bool(not self.any_of or has & self.any_of)
         )
 
 

@@ -66,5 +66,7 @@ def expected(case_id: str, expectations: Iterable[Expectation]) -> Expectation |
 def stale(case_ids: Sequence[str], expectations: Iterable[Expectation]) -> list[Expectation]:
     """Expectations whose version range holds and that match no case."""
     return [
-        e for e in expectations if e.applies() and not any(e.matches(case_id) for case_id in case_ids)
+        e
+        for e in expectations
+        if e.applies() and not any(e.matches(case_id) for case_id in case_ids)
     ]

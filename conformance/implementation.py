@@ -227,8 +227,7 @@ def adopt(impl: Any, spec: str = "") -> Loaded:
         lacking = [m for m in METHODS[capability.name] if not callable(getattr(impl, m, None))]
         if lacking:
             raise AdapterError(
-                f"{where}: {name} claims {capability.name!r} but has no method"
-                f" {', '.join(lacking)}"
+                f"{where}: {name} claims {capability.name!r} but has no method {', '.join(lacking)}"
             )
         capabilities[capability.name] = capability
     if not capabilities:
