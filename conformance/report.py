@@ -356,7 +356,7 @@ def _row_from_json(data: Mapping[str, Any]) -> Row:
 
 def _bench_from_json(data: Mapping[str, Any]) -> Bench:
     numbers = {name: _number(data[name]) for name in ("x_value", "median", "p20", "p80")}
-    return Bench(**data | numbers)
+    return Bench(**{**data, **numbers})
 
 
 def _number(value: Any) -> float:
