@@ -59,6 +59,13 @@ _ROWS = (
         9.6e-5,
         "float32, 2 ranks, tp_ep; worst is qwen3_5_moe",
     ),
+    Tolerance(
+        "logits/reloaded", 1e-6, 2e-7, "float32, the same weights loaded again, merged once or not"
+    ),
+    Tolerance("logits/merged", 1e-4, 2.6e-5, "float32, W + s·B·A folded; worst is gemma4-moe"),
+    Tolerance("logits/reordered", 2e-5, 6e-6, "float32, rows of a batch in another order"),
+    Tolerance("weights/merged", 1e-6, 2e-7, "float32, W + s·B·A by einsum against PEFT's"),
+    Tolerance("loss/same-model", 1e-6, 2e-7, "float32, the same model's loss by another path"),
 )
 
 TOLERANCES: dict[str, Tolerance] = {row.name: row for row in _ROWS}

@@ -33,7 +33,7 @@ def test_text_only_training_works(case: Case, subject: Subject, measured: Measur
     batch = {k: v for k, v in subject.batch("text").items() if "type_ids" not in k}
     assert not any("pixel" in key for key in batch), f"{case.id}: the batch has images"
     got = subject.step(subject.model(batch="text"), batch)
-    stock = subject.stock("float32", attn="sdpa", experts="grouped_mm").train()
+    stock = subject.stock("float32").train()
     inner: Any = stock
     hidden = inner.model.language_model(
         input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False

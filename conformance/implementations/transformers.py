@@ -103,7 +103,7 @@ class StockTransformers:
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_compute_dtype=options["dtype"],
             )
-        return model_class.from_pretrained(path, attn_implementation="sdpa", **options)
+        return model_class.from_pretrained(path, **options)
 
     def prepare(self, model: Any, plan: StockPlan) -> Any:
         """Checkpointing by the model's own switch, adapters by PEFT."""
