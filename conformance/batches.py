@@ -1,9 +1,14 @@
 """Deterministic samples and the suite's own, deliberately dumb collation.
 
-A sample is a dict of tensors without a batch dimension: `input_ids` and `labels` (length,), type ids
-(length,) where it has images, and the features of its images or audio with their leading dimension
-(images, or patches for the families that concatenate patches). Sequences are longer than twice
-the window of any tiny model; samples of one batch have unequal numbers of labels.
+A sample is a dict of tensors without a batch dimension: `input_ids` and `labels` (length,), type
+ids (length,) where it has images, and the features of its images or audio with their leading
+dimension (images, or patches for the families that concatenate patches). Sequences are longer than
+twice the window of any tiny model; samples of one batch have unequal numbers of labels.
+
+Padding reaches beyond the window, as in life, so a padded query of a sliding layer sees nothing.
+Eager
+attention of transformers casts the mask of such a row to float32 and gives NaN under float64: ask
+`build_stock` for `attn="sdpa"` there.
 """
 
 from __future__ import annotations
@@ -69,7 +74,8 @@ def samples(model: Model, kind: str, seed: int = 0, count: int = 2) -> list[Samp
     """`count` samples of one of `KINDS`; equal for equal arguments, and for models of equal inputs.
 
     text: one length. padded: lengths vary. packed: short documents, for `pack`. images: one length,
-    0 to 2 images a sample. mixed: lengths and images vary, some samples are text. audio: one clip each.
+    0 to 2 images a sample. mixed: lengths and images vary, some samples are text. audio: one clip
+    each.
     Raises ValueError for an unknown kind or one that the model has no inputs for.
     """
     if kind not in _LENGTHS:
@@ -138,9 +144,11 @@ def _noise(shape: tuple[int, ...], rng: torch.Generator) -> torch.Tensor:
 
 
 def _grid(spec: ImageInputs) -> tuple[int, int]:
-    """Height and width in patches of one image: wider than high, so that no axis passes for the other."""
+    """Height and width of one image in patches, wider than high where the tokens allow it."""
     tokens = spec.tokens_per_image
-    width = next(w for w in range(math.isqrt(tokens), tokens + 1) if w * w >= tokens > tokens % w == 0)
+    width = next(
+        w for w in range(math.isqrt(tokens), tokens + 1) if w * w >= tokens > tokens % w == 0
+    )
     pooled = math.isqrt(spec.pixel_values[0] // tokens)
     return tokens // width * pooled, width * pooled
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import logging
 import os
 import shutil
 import tempfile
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.utils import logging
 
 from conformance.case import Model
 from conformance.weights import fill
@@ -44,6 +44,9 @@ def build_config(model: Model, attn: str = "eager", experts: str = "eager") -> A
     """
     config = getattr(transformers, model.config_class)(**copy.deepcopy(dict(model.tiny)))
     config._attn_implementation = attn
+    audio = getattr(config, "audio_config", None)
+    if audio is not None:
+        audio._attn_implementation = "eager"  # the only one there is, and others are refused
     config._experts_implementation = experts
     return config
 
@@ -54,7 +57,7 @@ def build_stock(
     attn: str = "eager",
     experts: str = "eager",
 ) -> nn.Module:
-    """The installed class, unpatched, in training mode, with weights by name: the oracle's model."""
+    """The installed class, unpatched, training, with weights by name: the oracle's model."""
     missing = available(model)
     if missing:
         raise ValueError(f"model {model.name}: {missing}")
@@ -99,10 +102,12 @@ def _root() -> Path:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No advice from transformers while a tiny model is built (it is meant to be tiny)."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

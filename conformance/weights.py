@@ -1,8 +1,9 @@
-"""Deterministic weights by canonical name and shape, not by initialisation order (DESIGN decision 1).
+"""Deterministic weights by canonical name and shape, not by initialisation order.
 
-The same numbers on every version of transformers, rank, strategy, class and key layout. Everything is
-jittered: a norm of exactly one, a zero router or a zero LoRA B would hide a bug. Every value is exactly
-representable in float32, so a float32 checkpoint read as float64 is the float64 model to the last bit.
+The same numbers on every version of transformers, rank, strategy, class and key layout (DESIGN,
+decision 1). Everything is jittered: a norm of exactly one, a zero router or a zero LoRA B would
+hide a bug. Every value is exactly representable in float32, so a float32 checkpoint read as float64
+is the float64 model to the last bit.
 """
 
 from __future__ import annotations
@@ -115,17 +116,21 @@ def _write(name: str, tensor: torch.Tensor, new: torch.Tensor, dtype: torch.dtyp
     with torch.no_grad():
         if dtype is not None and dtype != tensor.dtype:
             tensor.data = tensor.data.to(dtype)
-        if hasattr(tensor, "device_mesh"):
-            from torch.distributed.tensor import distribute_tensor
+        mesh = getattr(tensor, "device_mesh", None)
+        if mesh is not None:
+            from torch.distributed.tensor import DTensor, distribute_tensor
 
-            new = distribute_tensor(new.to(tensor.device), tensor.device_mesh, tensor.placements)
+            assert isinstance(tensor, DTensor)
+            new = distribute_tensor(new.to(tensor.device), mesh, tensor.placements)
         tensor.copy_(new)
 
 
 def _scale(name: str, shape: tuple[int, ...], module: nn.Module) -> tuple[float, float]:
     """Mean and standard deviation for a tensor, from its name, shape and owner."""
     leaf = name.rpartition(".")[2]
-    if leaf == "A_log":  # decay of a step about exp(-0.5 * softplus(0)) = 0.7: memory, and gradients
+    if (
+        leaf == "A_log"
+    ):  # decay of a step about exp(-0.5 * softplus(0)) = 0.7: memory, and gradients
         return math.log(0.5), 0.25
     if leaf == "dt_bias":
         return 0.0, 0.25
