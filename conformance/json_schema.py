@@ -138,7 +138,7 @@ def _same(value: Any, wanted: Any) -> bool:
 
 
 def _kind(value: Any) -> str:
-    return next(name for name in _TYPES if _is(value, name) and name != "integer" or value is None)
+    return next(name for name in _TYPES if name != "integer" and _is(value, name))
 
 
 def _brief(value: Any) -> str:

@@ -21,6 +21,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from conformance import __version__
+from conformance.drift import is_error
 from conformance.grid import GLYPHS, MEANING, WORST, Cell, grid, in_order, model_order, summary
 from conformance.markdown import safe_url
 from conformance.plots import plots
@@ -75,7 +76,7 @@ def render(reports: Sequence[Report]) -> str:
                 p
                 for name, r in zip(labels(reports), reports, strict=True)
                 for p in problems(name, r)
-            ],  # fmt: skip
+            ],
             checks=check_lines(reports),
             plots=plots(record for report in reports for record in report.bench),
             data=Markup(embed(reports)),
@@ -155,13 +156,6 @@ def largest_error(cell: Cell) -> str:
                 held = f", tolerance {number(tolerance)}" if tolerance is not None else ""
                 best = (value, f"largest error: {name} {number(value)}{held} ({row.check})")
     return best[1]
-
-
-def is_error(name: str) -> bool:
-    """Whether a measured number is an error (see `report.py` for the names)."""
-    return not name.startswith(("fingerprint", "tolerance")) and not name.endswith(
-        ("_s", "_bytes", "_mib")
-    )
 
 
 def problems(name: str, report: Report) -> list[Problem]:

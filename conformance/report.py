@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from conformance import __version__
+from conformance.errors import InputError
 from conformance.json_schema import violation
 
 SCHEMA_VERSION = 1
@@ -60,7 +61,7 @@ MAX_BYTES = 256 * 2**20
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
-class ReportError(Exception):
+class ReportError(InputError):
     """A report cannot be read or written; the message is one line: the file, where, what."""
 
 
