@@ -1,0 +1,64 @@
+"""What a parallel strategy needs to know, and the names of the strategies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .errors import Refused
+
+STRATEGIES = ("single", "ddp", "fsdp1", "fsdp2", "hsdp", "tp", "tp_ep", "fsdp2_ep", "cp")
+SHARDED_WHILE_LOADING = frozenset({"tp", "tp_ep", "fsdp2_ep"})
+"""Strategies whose model is already spread when it comes from `parallel_tensor.load_sharded`."""
+
+
+class Unsupported(Refused):
+    """The installed libraries, or the model, cannot do this; the message says which and what can."""
+
+
+@dataclass(frozen=True)
+class ParallelPlan:
+    """How a prepared model is spread.
+
+    wrap_classes: class names of the FSDP units (the decoder layers); also the layers that context
+    parallel splits. ignored_modules: path components of towers that FSDP1 leaves whole. dtype: the
+    parameters' dtype in forward and backward under mixed precision, or None; reduce_dtype: that of
+    gradient reduction. data, tensor, expert, context: sizes of those groups.
+    """
+
+    strategy: str
+    wrap_classes: tuple[str, ...] = ()
+    find_unused_parameters: bool = False
+    dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = torch.float32
+    cast_forward_inputs: bool = True
+    ignored_modules: tuple[str, ...] = ()
+    data: int = 1
+    tensor: int = 1
+    expert: int = 1
+    context: int = 1
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            known = ", ".join(STRATEGIES)
+            raise Refused(f"unknown strategy {self.strategy!r}; it is one of {known}")
+
+    @property
+    def averaged(self) -> int:
+        """Over how many ranks gradients are averaged."""
+        return self.data * self.context
+
+    @classmethod
+    def of(cls, strategy: str, wrap_classes: tuple[str, ...], ranks: int, **fields: object) -> ParallelPlan:
+        """The plan of a strategy over `ranks` ranks, with the group sizes that it implies."""
+        sizes = {"data": 1, "tensor": 1, "expert": 1, "context": 1}
+        if strategy in ("ddp", "fsdp1", "fsdp2", "hsdp", "fsdp2_ep"):
+            sizes["data"] = ranks
+        if strategy in ("tp", "tp_ep"):
+            sizes["tensor"] = ranks
+        if strategy in ("tp_ep", "fsdp2_ep"):
+            sizes["expert"] = ranks
+        if strategy == "cp":
+            sizes["context"] = ranks
+        return cls(strategy, wrap_classes, **{**sizes, **fields})  # type: ignore[arg-type]

@@ -1,0 +1,155 @@
+"""Tensor and expert parallel, sharded by transformers while the checkpoint is loaded.
+
+The working forms of `DistributedConfig` only: `enable_expert_parallel=True` alone does nothing (L8), so it is
+never used, and the local shapes are checked after loading rather than the call being believed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .errors import Refused
+from .parallel_plan import ParallelPlan, Unsupported
+
+_EXPERT_STYLES = frozenset({"grouped_gemm", "ep_dispatch_experts"})
+
+
+def distributed_config_class() -> Any:
+    """transformers' `DistributedConfig`, if it can do what is needed here.
+
+    Unsupported where it is absent or knows no `ep_size` (5.17).
+    """
+    try:
+        from transformers.distributed import DistributedConfig
+    except ImportError as error:
+        raise Unsupported("the installed transformers has no DistributedConfig") from error
+    fields = {field.name for field in dataclasses.fields(DistributedConfig)}
+    lacking = {"tp_size", "fsdp_size", "ep_size", "ep_implementation"} - fields
+    if lacking:
+        raise Unsupported(
+            f"the installed transformers' DistributedConfig knows no {', '.join(sorted(lacking))}: "
+            "tensor and expert parallel need a newer one"
+        )
+    return DistributedConfig
+
+
+def why_unsupported() -> str | None:
+    """None if tensor and expert parallel can be had here, else the reason."""
+    try:
+        distributed_config_class()
+    except Unsupported as reason:
+        return str(reason)
+    return None
+
+
+def distributed_config(plan: ParallelPlan) -> Any:
+    """The `DistributedConfig` of a strategy."""
+    forms: dict[str, dict[str, Any]] = {
+        "tp": {"tp_size": plan.tensor, "tp_plan": "auto"},
+        "tp_ep": {"tp_size": plan.tensor, "tp_plan": "auto", "ep_size": plan.expert},
+        "fsdp2_ep": {
+            "fsdp_size": plan.data,
+            "ep_size": plan.expert,
+            "ep_implementation": "all_to_all",
+        },
+    }
+    if plan.strategy not in forms:
+        raise Refused(f"strategy {plan.strategy} does not shard while loading")
+    return distributed_config_class()(**forms[plan.strategy])
+
+
+def _text_config(config: Any) -> Any:
+    """The decoder's own configuration."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def number_of_experts(config: Any) -> int:
+    """Routed experts a layer, by whatever name the family gives them; 0 without."""
+    text = _text_config(config)
+    for name in ("num_experts", "num_local_experts"):
+        if getattr(text, name, None):
+            return int(getattr(text, name))
+    return 0
+
+
+def check_divisible(config: Any, plan: ParallelPlan) -> None:
+    """Refuse sizes that the ranks do not divide: some are a shape error deep inside, some silently wrong."""
+    text = _text_config(config)
+    heads = ("num_attention_heads", "num_key_value_heads", "num_global_key_value_heads")
+    for name in heads if plan.tensor > 1 else ():
+        size = getattr(text, name, None)
+        if size is not None and size % plan.tensor:
+            raise Refused(f"{plan.strategy}: {name} is {size}, which {plan.tensor} ranks do not divide")
+    experts = number_of_experts(config)
+    if plan.expert > 1 and not experts:
+        raise Refused(f"{plan.strategy}: the model has no routed experts to spread")
+    if plan.expert > 1 and experts % plan.expert:
+        raise Refused(f"{plan.strategy}: {plan.expert} ranks do not divide {experts} experts")
+
+
+def drop_dense_expert_rules(config: Any) -> tuple[str, ...]:
+    """Keep only the experts' rules in the config's expert-parallel plan; returns the dropped names.
+
+    gemma4 also shards its dense MLP over the expert mesh, which overlaps the one that FSDP wants:
+    "Cannot concatenate overlapping meshes" (L9). The change lives on this config object alone.
+    """
+    text = _text_config(config)
+    rules = dict(getattr(text, "base_model_ep_plan", None) or {})
+    dropped = tuple(name for name, style in rules.items() if style not in _EXPERT_STYLES)
+    if dropped:
+        text.base_model_ep_plan = {n: s for n, s in rules.items() if s in _EXPERT_STYLES}
+    return dropped
+
+
+def load_sharded(
+    model_class: Any, path: Path | str, plan: ParallelPlan, **arguments: Any
+) -> nn.Module:
+    """`model_class.from_pretrained(path)`, sharded while loading. All ranks call it.
+
+    `arguments` go to `from_pretrained` (dtype, experts_implementation, …). Refused for sizes that do not divide,
+    Unsupported where the installed transformers cannot.
+    """
+    from transformers import AutoConfig
+
+    spread = distributed_config(plan)
+    config = arguments.pop("config", None) or AutoConfig.from_pretrained(path)
+    check_divisible(config, plan)
+    dropped = drop_dense_expert_rules(config) if plan.strategy == "fsdp2_ep" else ()
+    model: nn.Module = model_class.from_pretrained(
+        path, config=config, distributed_config=spread, **arguments
+    )
+    if dropped:  # or the trimmed plan would be written into the saved config
+        del _text_config(model.config).base_model_ep_plan
+    check_sharded(model, plan)
+    return model
+
+
+def local_expert_counts(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Experts on this rank and in all, by name of each stacked expert weight."""
+    counts = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if "experts" in parts and parameter.ndim == 3 and ".lora_" not in name:
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            counts[name] = local.shape[0], parameter.shape[0]
+    return counts
+
+
+def check_sharded(model: nn.Module, plan: ParallelPlan) -> None:
+    """Refuse a model whose experts or weights are not spread as the plan says (X07): the request was ignored."""
+    sharded = [p for p in model.parameters() if isinstance(p, DTensor)]
+    if not sharded:
+        raise Refused(
+            f"{plan.strategy}: no weight of the model is sharded; load it with parallel_tensor.load_sharded"
+        )
+    experts = number_of_experts(model.config)  # type: ignore[arg-type]
+    for name, (local, _) in local_expert_counts(model).items() if plan.expert > 1 else ():
+        if local * plan.expert != experts:
+            raise Refused(
+                f"{plan.strategy}: {name} has {local} experts here, expected {experts // plan.expert}"
+            )
