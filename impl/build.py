@@ -1,0 +1,124 @@
+"""The model of a checkpoint directory, loaded as it should be, or a clear refusal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import ConfigError, Refused
+from .patches.expert_parallel_plan import apply_to_config
+from .prepare import STOCK_EXPERTS
+from .training_plan import TrainingPlan
+
+
+def build(path: Path | str, plan: TrainingPlan, mesh: Any = None) -> nn.Module:
+    """Load a checkpoint directory by its config's `architectures`, in the plan's dtype.
+
+    attention and experts implementation are the plan's (one of our own experts kernels is switched
+    on by `prepare`); float64 runs the experts eagerly, since grouped_mm refuses it. A plan with a
+    4-bit LoRA quantises linear layers and 3-D expert weights while loading.
+    mesh: a DeviceMesh where the strategy shards while loading (tp, tp_ep, fsdp2_ep); else unused.
+    Raises ConfigError for a directory that cannot be read, Refused for missing or unexpected keys
+    and for a request that did not take effect.
+    """
+    config, cls = _config_and_class(Path(path))
+    kwargs: dict[str, Any] = {"dtype": getattr(torch, plan.dtype), "config": config}
+    if plan.attn_implementation:
+        kwargs["attn_implementation"] = plan.attn_implementation
+    experts = _experts(plan)
+    if experts:
+        kwargs["experts_implementation"] = experts
+    if plan.lora is not None and plan.lora.quantize_4bit:
+        from .quantize import load_4bit
+
+        return load_4bit(cls, Path(path), plan, kwargs)
+    if mesh is not None:
+        return _sharded(cls, Path(path), plan, kwargs)
+    return load_loudly(cls, Path(path), kwargs)
+
+
+def load_loudly(cls: Any, path: Path, kwargs: dict[str, Any]) -> nn.Module:
+    """`from_pretrained` that refuses missing, unexpected and mismatched keys."""
+    model, info = cls.from_pretrained(path, output_loading_info=True, **kwargs)
+    wrong = {
+        kind: sorted(map(str, info.get(kind) or ()))
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+    }
+    for kind, keys in wrong.items():
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise Refused(f"{path}: {kind.replace('_', ' ')}: {keys[0]}{more}")
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _config_and_class(path: Path) -> tuple[Any, Any]:
+    import transformers
+
+    file = path / "config.json"
+    try:
+        written = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from error
+    names = written.get("architectures") or []
+    cls = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
+    if cls is None:
+        raise ConfigError(f"{file}: architectures {names} name no class of this transformers")
+    return cls.config_class.from_pretrained(path), cls
+
+
+def _experts(plan: TrainingPlan) -> str | None:
+    wanted = plan.experts_implementation
+    if plan.dtype == "float64" and (wanted in (None, "grouped_mm")):
+        return "eager"
+    return wanted if wanted in STOCK_EXPERTS else None
+
+
+def _sharded(cls: Any, path: Path, plan: TrainingPlan, kwargs: dict[str, Any]) -> nn.Module:
+    """Tensor or expert parallel, sharded by transformers while it loads (parallel.md §9)."""
+    try:
+        from transformers import DistributedConfig
+    except ImportError as error:
+        raise Refused(f"{plan.strategy}: this transformers has no DistributedConfig") from error
+    import torch.distributed as dist
+
+    ranks = dist.get_world_size()
+    forms: dict[str, dict[str, Any]] = {
+        "tp": {"tp_size": ranks, "tp_plan": "auto"},
+        "tp_ep": {"tp_size": ranks, "tp_plan": "auto", "ep_size": ranks},
+        "fsdp2_ep": {"fsdp_size": ranks, "ep_size": ranks, "ep_implementation": "all_to_all"},
+    }
+    if plan.strategy not in forms:
+        return load_loudly(cls, path, kwargs)
+    if plan.strategy == "fsdp2_ep":
+        apply_to_config(kwargs["config"])
+    try:
+        distributed = DistributedConfig(**forms[plan.strategy])
+    except TypeError as error:
+        raise Refused(f"{plan.strategy}: not in this transformers: {error}") from error
+    model = load_loudly(cls, path, {**kwargs, "distributed_config": distributed})
+    if "ep" in plan.strategy:
+        _assert_experts_local(model, ranks)
+    return model
+
+
+def _assert_experts_local(model: nn.Module, ranks: int) -> None:
+    """Expert parallel that was asked for holds E / ranks experts here (L8: it may do nothing)."""
+    from .model_facts import text_config
+
+    config = text_config(model)
+    total = next(
+        (getattr(config, n) for n in ("num_experts", "num_local_experts") if hasattr(config, n)), 0
+    )
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 3 and ".experts." in name:
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            if total and local.shape[0] != total // ranks:
+                raise Refused(
+                    f"expert parallelism did not take effect: {name} holds {local.shape[0]} of"
+                    f" {total} experts on one of {ranks} ranks"
+                )

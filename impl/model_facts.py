@@ -1,0 +1,134 @@
+"""Facts read off a loaded model, by what it has and never by its name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+# Names under which a class takes the modality of each position, newest first.
+TYPE_ID_NAMES = ("mm_token_type_ids", "token_type_ids")
+# What a modelling module has when it builds masks with image blocks, newest first.
+_IMAGE_BLOCK_MAKERS = (
+    "get_block_sequence_ids_for_mask",
+    "create_causal_mask_mapping",
+    "token_type_ids_mask_function",
+)
+IMAGE_INPUT_NAMES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The transformers model below DDP, FSDP1, torch.compile and PEFT wrappers.
+
+    Only for reading: calling the result would bypass the wrappers (axolotl#3584 read
+    `model.config` on the wrapper instead).
+    """
+    inner: Any = without_parallel(model)
+    if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    return inner
+
+
+def without_parallel(model: nn.Module) -> Any:
+    """The model below DDP, FSDP1 and torch.compile, adapters kept."""
+    inner: Any = model
+    while True:
+        if hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif not hasattr(inner, "config") and isinstance(getattr(inner, "module", None), nn.Module):
+            inner = inner.module
+        else:
+            return inner
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether the model is a PEFT model, looking below parallel wrappers."""
+    return hasattr(without_parallel(model), "peft_config")
+
+
+def body(model: nn.Module) -> nn.Module:
+    """The module that `forward` of the head class calls (hooks on it also run under PEFT)."""
+    inner = unwrap(model)
+    found = getattr(inner, "base_model", inner)
+    assert isinstance(found, nn.Module)
+    return found
+
+
+def text_config(model: nn.Module) -> Any:
+    """The decoder's own configuration."""
+    config = unwrap(model).config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def shares_kv(model: nn.Module) -> bool:
+    """Whether some layers read the keys and values of others."""
+    return bool(getattr(text_config(model), "num_kv_shared_layers", 0))
+
+
+def type_id_name(model: nn.Module) -> str | None:
+    """The forward argument that carries modalities, or None (a text model has none)."""
+    accepted = inspect.signature(type(unwrap(model)).forward).parameters
+    if "pixel_values" not in accepted:
+        return None
+    return next((name for name in TYPE_ID_NAMES if name in accepted), None)
+
+
+def bidirectional_images(model: nn.Module) -> bool:
+    """Whether positions of an image attend to each other in both directions.
+
+    A class that takes `token_type_ids` and builds image blocks always does; one with
+    `mm_token_type_ids` does when its text configuration says "vision".
+    """
+    name = type_id_name(model)
+    modelling = inspect.getmodule(type(unwrap(model)))
+    if name is None or not any(hasattr(modelling, maker) for maker in _IMAGE_BLOCK_MAKERS):
+        return False
+    if name == "token_type_ids":
+        return True
+    return getattr(text_config(model), "use_bidirectional_attention", None) == "vision"
+
+
+def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that hold all experts in parameters of rank 3, with their names."""
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        held = {key.rsplit("original", 1)[0]: p for key, p in own.items()}
+        if sum(p.dim() == 3 for p in held.values()) >= 2:
+            yield name, module
+
+
+def is_moe(model: nn.Module) -> bool:
+    """Whether the model routes tokens to experts."""
+    return next(expert_modules(unwrap(model)), None) is not None
+
+
+def gated_delta_layers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Pairs (decoder layer, its gated delta network), by the parameters such a network has."""
+    for layer in unwrap(model).modules():
+        for child in layer.children():
+            if all(hasattr(child, part) for part in ("A_log", "dt_bias", "conv1d")):
+                yield layer, child
+
+
+def on_meta(model: nn.Module) -> bool:
+    """Whether any parameter has no storage yet."""
+    return any(p.is_meta for p in model.parameters())
+
+
+def placeholder_ids(model: nn.Module) -> frozenset[int]:
+    """Token ids that stand for something other than text, from the top configuration."""
+    config = unwrap(model).config
+    ids = (
+        value
+        for key, value in vars(config).items()
+        if key.endswith(("_token_id", "_token_index")) and isinstance(value, int)
+    )
+    return frozenset(ids)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the first parameter."""
+    return next(iter(model.parameters())).device

@@ -1,0 +1,58 @@
+"""Defects of the stock stack, one file each, applied to a model only while it is prepared.
+
+A patch module has REASON (a sentence), ISSUE (an address or a thread), `applies_to(model, plan)`
+and `apply(model, plan)`, which returns the function that takes it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Protocol, cast
+
+from torch import nn
+
+from ..training_plan import TrainingPlan
+
+# In the order of application. Adding a patch: a file here and its name in this tuple.
+NAMES: tuple[str, ...] = (
+    "reentrant_shared_kv",
+    "no_auxiliary_loss",
+    "wrap_classes",
+    "expert_parallel_plan",
+    "packed_mask",
+    "delta_net_documents",
+    "image_type_ids",
+    "embeds_without_per_layer_inputs",
+    "token_weighted_loss",
+    "clippable_linear",
+    "parametrization_leak",
+)
+
+
+class Patch(Protocol):
+    """The shape of a patch module."""
+
+    REASON: str
+    ISSUE: str
+
+    def applies_to(self, model: nn.Module, plan: TrainingPlan) -> bool: ...
+    def apply(self, model: nn.Module, plan: TrainingPlan) -> Callable[[], None]: ...
+
+
+def load(name: str) -> Patch:
+    """The patch module of a name; KeyError names the known ones."""
+    if name not in NAMES:
+        raise KeyError(f"unknown patch {name!r}; known: {', '.join(NAMES)}")
+    return cast(Patch, import_module(f"{__name__}.{name}"))
+
+
+def applicable(model: nn.Module, plan: TrainingPlan) -> list[str]:
+    """The names of the patches a model needs under a plan, in the order of application."""
+    return [name for name in NAMES if load(name).applies_to(model, plan)]
+
+
+def apply(model: nn.Module, plan: TrainingPlan, undo: list[Callable[[], None]]) -> None:
+    """Apply what is needed; each step's undo is appended at once, so that a failure loses none."""
+    for name in applicable(model, plan):
+        undo.append(load(name).apply(model, plan))
