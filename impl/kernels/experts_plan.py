@@ -39,10 +39,14 @@ class Plan:
     middle_rows: int
     middle_columns: int
     middle_warps: int
+    middle_stages: int
     skinny_rows: int
     skinny_bk: int
+    skinny_stages: int
     sum_rows: int
     sum_columns: int
+    sum_warps: int
+    sum_stages: int
     input_parts: int  # column parts of dX that pass through one buffer
 
 
@@ -60,10 +64,14 @@ _HOPPER = Plan(
     middle_rows=64,
     middle_columns=64,
     middle_warps=4,
+    middle_stages=2,
     skinny_rows=64,
     skinny_bk=128,
+    skinny_stages=3,
     sum_rows=64,
     sum_columns=128,
+    sum_warps=4,
+    sum_stages=3,
     input_parts=2,
 )
 _PORTABLE_TILES = Tiles(128, 32, 8, 3)
@@ -91,7 +99,9 @@ def _hopper(problem: Problem) -> Plan:
     rows = problem.slots / problem.experts
     weight_bytes = 2 * problem.inner * problem.width * 2
     changes = {"chunk": max(1024, 1 << max(0, round(rows) - 1).bit_length())}
-    if weight_bytes > 2**25:  # an expert's weights do not stay in L2: walk down its rows first
+    if (
+        weight_bytes > 2**25
+    ):  # an expert's weights do not stay in L2: walk down its rows first
         changes["group"] = max(1, min(16, round(rows / _HOPPER.rows)))
     return Plan(**{**_HOPPER.__dict__, **changes})
 
@@ -113,9 +123,13 @@ def _small(tiles: Tiles, *, rows: int, columns: int) -> Plan:
         middle_rows=32,
         middle_columns=columns,
         middle_warps=4,
+        middle_stages=2,
         skinny_rows=min(32, rows),
         skinny_bk=64,
+        skinny_stages=2,
         sum_rows=32,
         sum_columns=columns,
+        sum_warps=4,
+        sum_stages=2,
         input_parts=2,
     )

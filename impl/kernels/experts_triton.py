@@ -12,11 +12,11 @@ import torch
 import triton
 from torch import Tensor
 
-from . import experts_small as small
+from . import experts_small_triton as small
 from .experts_plan import Plan, Tiles, plan_for
 from .experts_problem import ExpertLora, Gradients, Needs, Problem
-from .experts_products import product_kernel, up_kernel
-from .experts_routing import Routing, route
+from .experts_products_triton import product_kernel, up_kernel
+from .experts_routing_triton import Routing, route
 from .launch import CompileSpec, launch, next_power, recording, spec_of
 
 INTERPRETED: bool = not isinstance(product_kernel, triton.runtime.JITFunction)
@@ -91,7 +91,14 @@ class Run:
         return out
 
     def skinny(
-        self, a: Tensor, factor: Tensor, rank: int, scale: float, *, gather: bool, by_rank: bool
+        self,
+        a: Tensor,
+        factor: Tensor,
+        rank: int,
+        scale: float,
+        *,
+        gather: bool,
+        by_rank: bool,
     ) -> Tensor:
         """scale * A[row] F[e] of every row, (S, padded rank)."""
         plan, padded = self.plan, _padded(rank)
@@ -115,7 +122,7 @@ class Run:
             BM=plan.skinny_rows,
             BK=plan.skinny_bk,
             warps=4,
-            stages=3,
+            stages=plan.skinny_stages,
         )
         return out
 
@@ -133,7 +140,9 @@ class Run:
             order=self.routing.order,
             w=weight,
             w_desc=self.descriptor(weight, [2, tiles.bn, tiles.bk]),
-            w_half_desc=self.descriptor(weight, [2, tiles.bn // 2, tiles.bk]) if half else None,
+            w_half_desc=self.descriptor(weight, [2, tiles.bn // 2, tiles.bk])
+            if half
+            else None,
             xa=xa,
             b=b_up,
             gate_up=gate_up,
@@ -276,10 +285,14 @@ def forward(problem: Problem, plan: Plan | None = None) -> tuple[Tensor, list[Te
     xa = ha = None
     if run.a_up is not None:
         scale = lora.gate_up_scale
-        xa = run.skinny(run.hidden, run.a_up, p.rank_up, scale, gather=True, by_rank=True)
+        xa = run.skinny(
+            run.hidden, run.a_up, p.rank_up, scale, gather=True, by_rank=True
+        )
     gate_up, h = run.up(xa, b_up)
     if run.a_down is not None:
-        ha = run.skinny(h, run.a_down, p.rank_down, lora.down_scale, gather=False, by_rank=True)
+        ha = run.skinny(
+            h, run.a_down, p.rank_down, lora.down_scale, gather=False, by_rank=True
+        )
     y = run.empty(p.slots, p.width)
     run.product(
         plan.down, h, run.down, y, gather=False, transposed=False,
@@ -287,11 +300,17 @@ def forward(problem: Problem, plan: Plan | None = None) -> tuple[Tensor, list[Te
     )  # fmt: skip
     out = run.empty(p.tokens, p.width, dtype=kind)
     run.combine(y, out)
-    return out, [t for t in (gate_up, xa, ha, b_up, b_down) if t is not None] + routing.tensors()
+    return out, [
+        t for t in (gate_up, xa, ha, b_up, b_down) if t is not None
+    ] + routing.tensors()
 
 
 def backward(
-    problem: Problem, saved: list[Tensor], grad: Tensor, needs: Needs, plan: Plan | None = None
+    problem: Problem,
+    saved: list[Tensor],
+    grad: Tensor,
+    needs: Needs,
+    plan: Plan | None = None,
 ) -> Gradients:
     """Gradients of every needed input, in the dtype of their parameter."""
     from . import experts_triton_backward
@@ -299,7 +318,9 @@ def backward(
     return experts_triton_backward.backward(problem, saved, grad, needs, plan)
 
 
-def unpack(problem: Problem, saved: list[Tensor]) -> tuple[list[Tensor | None], Routing]:
+def unpack(
+    problem: Problem, saved: list[Tensor]
+) -> tuple[list[Tensor | None], Routing]:
     """Undo the packing of `forward`: [GU, XA, HA, B, B₂] with None for what has no adapter; routing."""
     rest = iter(saved)
     gate_up = next(rest)
@@ -319,14 +340,24 @@ def compile_specs() -> list[CompileSpec]:
     }
     specs: dict[str, CompileSpec] = {}
     for label, (tokens, experts, width, inner, top_k, act) in shapes.items():
-        for spec in _specs_of(label, _meta_problem(tokens, experts, width, inner, top_k, act)):
-            body = repr((spec.name.split(":")[1], spec.signature, spec.constants, spec.options))
+        for spec in _specs_of(
+            label, _meta_problem(tokens, experts, width, inner, top_k, act)
+        ):
+            body = repr(
+                (spec.name.split(":")[1], spec.signature, spec.constants, spec.options)
+            )
             specs.setdefault(body, spec)
     return list(specs.values())
 
 
 def _meta_problem(
-    tokens: int, experts: int, width: int, inner: int, top_k: int, act: str, rank: int = 16
+    tokens: int,
+    experts: int,
+    width: int,
+    inner: int,
+    top_k: int,
+    act: str,
+    rank: int = 16,
 ) -> Problem:
     """A problem without memory: bfloat16 weights, float32 adapters and routing weights."""
 
@@ -356,7 +387,7 @@ def _meta_problem(
 
 def _specs_of(label: str, problem: Problem) -> list[CompileSpec]:
     """Record one forward and backward of a problem on the meta device."""
-    everything = Needs(*[True] * 2, False, False, *[True] * 4)
+    everything = Needs(True, True, False, False, True, True, True, True)
     with recording() as records:
         out, saved = forward(problem)
         backward(problem, saved, torch.empty_like(out), everything)

@@ -10,10 +10,10 @@ import torch
 import triton
 from torch import Tensor
 
-from . import experts_small as small
+from . import experts_small_triton as small
 from .experts_plan import Plan, plan_for
 from .experts_problem import Gradients, Needs, Problem
-from .experts_routing import Routing
+from .experts_routing_triton import Routing
 from .experts_triton import INTERPRETED, Run, _through_float32, unpack
 from .launch import launch, next_power
 
@@ -77,13 +77,17 @@ class _Backward:
         out = Gradients()
         self._middle(needs, out)
         if needs.gate_up:
-            out.gate_up = self._weight_gradient(self.d, self.run.hidden, self.given.gate_up, False)
+            out.gate_up = self._weight_gradient(
+                self.d, self.run.hidden, self.given.gate_up, False
+            )
         if needs.hidden:
             out.hidden = self._input_gradient()
         del self.d
         run, lora = self.run, self.given.lora
         if needs.gate_up_a and lora.gate_up_a is not None and self.pb_up is not None:
-            chunks = self._gather_sum(run.hidden, self.pb_up, by_rank=True, weighted=False)
+            chunks = self._gather_sum(
+                run.hidden, self.pb_up, by_rank=True, weighted=False
+            )
             out.gate_up_a = self._add_a(chunks, lora.gate_up_a, self.p.rank_up)
         if needs.down_b and lora.down_b is not None and self.ha is not None:
             chunks = self._gather_sum(self.grad, self.ha, by_rank=False, weighted=True)
@@ -96,7 +100,9 @@ class _Backward:
         pb = None
         if self.b_down is not None:
             scale = lora.down_scale
-            pb = run.skinny(self.grad, self.b_down, p.rank_down, scale, gather=True, by_rank=False)
+            pb = run.skinny(
+                self.grad, self.b_down, p.rank_down, scale, gather=True, by_rank=False
+            )
         self.d = run.empty(p.slots, 2 * p.inner)
         run.product(
             plan.d_hidden, self.grad, run.down, self.d, gather=True, transposed=True,
@@ -107,9 +113,19 @@ class _Backward:
         groups = triton.cdiv(blocks, per_group)
         wide = torch.float32
         chunk_rows = run.chunk_count
-        d_b = run.empty(chunk_rows, 2 * p.inner, run.rp_up, dtype=wide) if run.rp_up else None
-        d_a = run.empty(chunk_rows, run.rp_down, p.inner, dtype=wide) if run.rp_down else None
-        p_parts = run.empty(groups, p.slots, run.rp_up, dtype=wide) if run.rp_up else None
+        d_b = (
+            run.empty(chunk_rows, 2 * p.inner, run.rp_up, dtype=wide)
+            if run.rp_up
+            else None
+        )
+        d_a = (
+            run.empty(chunk_rows, run.rp_down, p.inner, dtype=wide)
+            if run.rp_down
+            else None
+        )
+        p_parts = (
+            run.empty(groups, p.slots, run.rp_up, dtype=wide) if run.rp_up else None
+        )
         w_parts = run.empty(groups, p.slots, dtype=wide)
         h = run.empty(p.slots, p.inner) if needs.down else None
         launch(
@@ -133,12 +149,12 @@ class _Backward:
             RP_UP=run.rp_up,
             RP_DOWN=run.rp_down,
             ACT=p.act,
-            CHUNK=plan.chunk,
+            chunk_rows=plan.chunk,
             COLUMN_BLOCKS=per_group,
             BR=plan.middle_rows,
             BC=plan.middle_columns,
             warps=plan.middle_warps,
-            stages=2,
+            stages=plan.middle_stages,
         )
         self.pb_up = run.empty(p.slots, run.rp_up) if run.rp_up else None
         out.weights = self._finish_rows(p_parts, w_parts, groups, needs)
@@ -194,7 +210,9 @@ class _Backward:
             run.combine(buffer, out[:, first * tiles.bn : (first + count) * tiles.bn])
         return out
 
-    def _gather_sum(self, a: Tensor, rows: Tensor, *, by_rank: bool, weighted: bool) -> Tensor:
+    def _gather_sum(
+        self, a: Tensor, rows: Tensor, *, by_rank: bool, weighted: bool
+    ) -> Tensor:
         """By chunk: the sum over rows of a[token]ᵀ rows[row]."""
         run, plan = self.run, self.plan
         width, padded = a.shape[1], rows.shape[1]
@@ -213,11 +231,11 @@ class _Backward:
             TOP_K=self.p.top_k,
             RP=padded,
             BY_RANK=by_rank,
-            CHUNK=plan.chunk,
+            chunk_rows=plan.chunk,
             BR=plan.sum_rows,
             BC=plan.sum_columns,
-            warps=4,
-            stages=3,
+            warps=plan.sum_warps,
+            stages=plan.sum_stages,
         )
         return out
 
@@ -261,7 +279,9 @@ class _Backward:
         )
         return out
 
-    def _weight_gradient(self, left: Tensor, right: Tensor, like: Tensor, gather_left: bool) -> Tensor:
+    def _weight_gradient(
+        self, left: Tensor, right: Tensor, like: Tensor, gather_left: bool
+    ) -> Tensor:
         """The gradient of an expert weight; ``gather_left`` for down, else right is gathered."""
         run, block = self.run, 128 if self.p.dtype != torch.float32 else 64
         out = torch.empty_like(like, memory_format=torch.contiguous_format)

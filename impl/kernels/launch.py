@@ -53,7 +53,9 @@ class CompileSpec:
     options: dict[str, int]
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *, warps: int, stages: int, **arguments: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], *, warps: int, stages: int, **arguments: Any
+) -> None:
     """Run ``kernel[grid](**arguments)``; an empty grid runs nothing; when recording, only note it."""
     options = {"num_warps": warps, "num_stages": stages}
     if _RECORDER is not None:
@@ -77,19 +79,29 @@ def spec_of(record: Launch, label: str) -> CompileSpec:
     """The compile signature Triton's JIT would derive from the launch's arguments."""
     names = list(record.kernel.arg_names)
     constexprs = {p.name for p in record.kernel.params if p.is_constexpr}
+    plain = {p.name for p in record.kernel.params if p.do_not_specialize}
     signature, constants, attributes = {}, {}, {}
     for position, name in enumerate(names):
         value = record.arguments[name]
         kind = "constexpr" if name in constexprs or value is None else _type_of(value)
-        if isinstance(value, int) and not isinstance(value, bool) and value == 1:
+        if isinstance(value, int) and value == 1 and name not in plain:
             kind = "constexpr"
         signature[name] = kind
         if kind == "constexpr":
             constants[name] = value
-        elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        elif name in plain:
+            continue
+        elif isinstance(value, torch.Tensor) or (
+            isinstance(value, int) and value % 16 == 0
+        ):
             attributes[(position,)] = [["tt.divisibility", 16]]
     return CompileSpec(
-        f"{label}:{record.name}", record.kernel, signature, constants, attributes, record.options
+        f"{label}:{record.name}",
+        record.kernel,
+        signature,
+        constants,
+        attributes,
+        record.options,
     )
 
 

@@ -11,7 +11,16 @@ import triton.language as tl
 
 
 @triton.jit
-def swap_kernel(source, target, RANK, EXPERTS, ROWS, RP: tl.constexpr, BX: tl.constexpr, BE: tl.constexpr):
+def swap_kernel(
+    source,
+    target,
+    RANK,
+    EXPERTS,
+    ROWS,
+    RP: tl.constexpr,
+    BX: tl.constexpr,
+    BE: tl.constexpr,
+):
     """lora_B (ROWS, RANK, EXPERTS) -> (EXPERTS, ROWS, RP) in the target's dtype, padded with zeros."""
     flat = tl.program_id(0) * BX + tl.arange(0, BX)
     row, rank = flat // RP, flat % RP
@@ -72,7 +81,9 @@ def skinny_kernel(
         inside = k + ks < K
         left = tl.load(a_pointers, mask=inside[None, :], other=0.0)
         if BY_RANK:
-            right = tl.load(pointers, mask=inside[:, None] & (ranks[None, :] < RANK), other=0.0)
+            right = tl.load(
+                pointers, mask=inside[:, None] & (ranks[None, :] < RANK), other=0.0
+            )
             pointers += BK
         else:
             right = tl.load(pointers, mask=inside[:, None], other=0.0)
@@ -104,10 +115,12 @@ def combine_kernel(
         at = rows_in + row * in_stride + columns
         limit = tl.where(row >= 0, width, 0)
         acc += tl.load(at, mask=columns < limit, other=0.0).to(tl.float32)
-    tl.store(out + token * out_stride + columns, acc.to(out.dtype.element_ty), mask=inside)
+    tl.store(
+        out + token * out_stride + columns, acc.to(out.dtype.element_ty), mask=inside
+    )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "chunk_rows"])
 def middle_kernel(
     gate_up,
     d,
@@ -125,11 +138,11 @@ def middle_kernel(
     chunk_row,
     offsets,
     slots,
+    chunk_rows,
     INNER: tl.constexpr,
     RP_UP: tl.constexpr,
     RP_DOWN: tl.constexpr,
     ACT: tl.constexpr,
-    CHUNK: tl.constexpr,
     COLUMN_BLOCKS: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
@@ -147,14 +160,18 @@ def middle_kernel(
         return
     group = tl.program_id(1)
     first = tl.load(chunk_row + chunk)
-    end = tl.minimum(tl.load(offsets + e + 1), first + CHUNK)
+    end = tl.minimum(tl.load(offsets + e + 1), first + chunk_rows)
     kind = gate_up.dtype.element_ty
     for block in range(COLUMN_BLOCKS):
         columns = (group * COLUMN_BLOCKS + block) * BC + tl.arange(0, BC)
         fits = columns < INNER
         if RP_UP:
             up_ranks = tl.arange(0, RP_UP)
-            at_b = b + (e.to(tl.int64) * 2 * INNER + columns)[:, None] * RP_UP + up_ranks[None, :]
+            at_b = (
+                b
+                + (e.to(tl.int64) * 2 * INNER + columns)[:, None] * RP_UP
+                + up_ranks[None, :]
+            )
             b_gate = tl.load(at_b, mask=fits[:, None], other=0.0)
             b_up = tl.load(at_b + INNER * RP_UP, mask=fits[:, None], other=0.0)
             sum_gate = tl.zeros([BC, RP_UP], tl.float32)
@@ -179,7 +196,9 @@ def middle_kernel(
             else:
                 cube = gate * gate * 0.044715
                 s = tl.sigmoid(1.5957691216057308 * gate * (1.0 + cube))
-                slope = s + gate * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 3.0 * cube)
+                slope = s + gate * s * (1.0 - s) * 1.5957691216057308 * (
+                    1.0 + 3.0 * cube
+                )
             value = gate * s
             hidden = value * up
             part = tl.sum(hidden * dh, 1)
@@ -194,7 +213,9 @@ def middle_kernel(
             tl.store(d + at + INNER, d_up, mask=keep)
             low = hidden.to(kind)
             if h is not None:
-                tl.store(h + wide_rows[:, None] * INNER + columns[None, :], low, mask=keep)
+                tl.store(
+                    h + wide_rows[:, None] * INNER + columns[None, :], low, mask=keep
+                )
             if RP_UP:
                 at_r = wide_rows[:, None] * RP_UP + up_ranks[None, :]
                 p = tl.dot(d_gate, b_gate, input_precision="ieee")
@@ -204,7 +225,9 @@ def middle_kernel(
                     p += tl.load(at_p, mask=live[:, None], other=0.0)
                 tl.store(at_p, p, mask=live[:, None])
                 left = tl.load(xa + at_r, mask=live[:, None], other=0.0)
-                sum_gate = tl.dot(tl.trans(d_gate), left, sum_gate, input_precision="ieee")
+                sum_gate = tl.dot(
+                    tl.trans(d_gate), left, sum_gate, input_precision="ieee"
+                )
                 sum_up = tl.dot(tl.trans(d_up), left, sum_up, input_precision="ieee")
             if RP_DOWN:
                 at_r = wide_rows[:, None] * RP_DOWN + down_ranks[None, :]
@@ -222,7 +245,7 @@ def middle_kernel(
             tl.store(at_d, sum_a, mask=fits[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk_rows"])
 def gather_sum_kernel(
     a,
     small,
@@ -232,11 +255,11 @@ def gather_sum_kernel(
     chunk_expert,
     chunk_row,
     offsets,
+    chunk_rows,
     WIDTH: tl.constexpr,
     TOP_K: tl.constexpr,
     RP: tl.constexpr,
     BY_RANK: tl.constexpr,
-    CHUNK: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
@@ -249,7 +272,7 @@ def gather_sum_kernel(
     if e < 0:
         return
     first = tl.load(chunk_row + chunk)
-    end = tl.minimum(tl.load(offsets + e + 1), first + CHUNK)
+    end = tl.minimum(tl.load(offsets + e + 1), first + chunk_rows)
     columns = tl.program_id(1) * BC + tl.arange(0, BC)
     fits = columns < WIDTH
     ranks = tl.arange(0, RP)
@@ -260,7 +283,9 @@ def gather_sum_kernel(
         slot = tl.load(order + rows, mask=live, other=0)
         token = (slot // TOP_K).to(tl.int64)
         keep = live[:, None] & fits[None, :]
-        left = tl.load(a + token[:, None] * WIDTH + columns[None, :], mask=keep, other=0.0)
+        left = tl.load(
+            a + token[:, None] * WIDTH + columns[None, :], mask=keep, other=0.0
+        )
         at = small + rows.to(tl.int64)[:, None] * RP + ranks[None, :]
         right = tl.load(at, mask=live[:, None], other=0.0)
         if weights is not None:
@@ -275,7 +300,7 @@ def gather_sum_kernel(
     tl.store(at, acc, mask=fits[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def finish_rows_kernel(
     p_parts,
     w_parts,
@@ -359,7 +384,9 @@ def sum_chunks_swap_kernel(
     acc = tl.zeros([BX, BE], tl.float32)
     for c in range(tl.max(count, 0)):
         at = (first + c).to(tl.int64)[None, :] * WIDTH * RP + flat[:, None]
-        acc += tl.load(parts + at, mask=inside[:, None] & (c < count)[None, :], other=0.0)
+        acc += tl.load(
+            parts + at, mask=inside[:, None] & (c < count)[None, :], other=0.0
+        )
     to = out + (row.to(tl.int64) * RANK + rank)[:, None] * EXPERTS + expert[None, :]
     tl.store(to, acc.to(out.dtype.element_ty), mask=inside[:, None] & real[None, :])
 
@@ -398,11 +425,21 @@ def weight_gradient_kernel(
         if GATHER_LEFT:
             m_row, n_row = token, rows.to(tl.int64)
         keep = live[:, None]
-        a = tl.load(left + m_row[:, None] * M + ms[None, :], mask=keep & (ms[None, :] < M), other=0.0)
-        b = tl.load(right + n_row[:, None] * N + ns[None, :], mask=keep & (ns[None, :] < N), other=0.0)
+        a = tl.load(
+            left + m_row[:, None] * M + ms[None, :],
+            mask=keep & (ms[None, :] < M),
+            other=0.0,
+        )
+        b = tl.load(
+            right + n_row[:, None] * N + ns[None, :],
+            mask=keep & (ns[None, :] < N),
+            other=0.0,
+        )
         if GATHER_LEFT:
             w = tl.load(weights + slot, mask=live, other=0.0).to(tl.float32)
             a = (a.to(tl.float32) * w[:, None]).to(b.dtype)
         acc = tl.dot(tl.trans(a), b, acc, input_precision="ieee")
     at = out + e.to(tl.int64) * M * N + ms.to(tl.int64)[:, None] * N + ns[None, :]
-    tl.store(at, acc.to(out.dtype.element_ty), mask=(ms[:, None] < M) & (ns[None, :] < N))
+    tl.store(
+        at, acc.to(out.dtype.element_ty), mask=(ms[:, None] < M) & (ns[None, :] < N)
+    )

@@ -27,7 +27,9 @@ def activate(gate, ACT: tl.constexpr):
     """silu(gate) or tanh-gelu(gate), written with one sigmoid so that it also runs interpreted."""
     if ACT == "silu":
         return gate * tl.sigmoid(gate)
-    return gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+    return gate * tl.sigmoid(
+        1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    )
 
 
 @triton.jit
@@ -52,7 +54,9 @@ def _add_lora(
     """
     ranks = tl.arange(0, RP)
     left = tl.load(
-        small + rows.to(tl.int64)[:, None] * RP + ranks[None, :], mask=live[:, None], other=0.0
+        small + rows.to(tl.int64)[:, None] * RP + ranks[None, :],
+        mask=live[:, None],
+        other=0.0,
     )
     lane = tl.arange(0, BN)
     if SPLIT:
@@ -71,7 +75,9 @@ def _add_lora(
         )
     else:
         right = tl.load(
-            wide + (base + column[None, :]) * RP + ranks[:, None], mask=fits[None, :], other=0.0
+            wide + (base + column[None, :]) * RP + ranks[:, None],
+            mask=fits[None, :],
+            other=0.0,
         )
     return tl.dot(left, right, acc, input_precision="ieee")
 
@@ -119,12 +125,16 @@ def _up_tile(
         if w_desc is not None:
             right = tl.trans(tl.reshape(w_desc.load([e * 2, n0, k]), [2 * BN, BK]))
         else:
-            right = tl.load(w_pointers, mask=fits[None, :] & ((k + ks)[:, None] < H), other=0.0)
+            right = tl.load(
+                w_pointers, mask=fits[None, :] & ((k + ks)[:, None] < H), other=0.0
+            )
         acc = tl.dot(left, right, acc, input_precision="ieee")
         x_pointers += BK
         w_pointers += BK
     if RP:
-        acc = _add_lora(acc, xa, b, rows, live, e, n0, 2 * INNER, RP, True, False, RP, 2 * BN)
+        acc = _add_lora(
+            acc, xa, b, rows, live, e, n0, 2 * INNER, RP, True, False, RP, 2 * BN
+        )
     pair = tl.permute(tl.reshape(acc, [BM, 2, BN]), [0, 2, 1])
     gate, up = tl.split(pair)
     columns = n0 + tl.arange(0, BN)
@@ -134,10 +144,14 @@ def _up_tile(
     tl.store(at, gate.to(kind), mask=keep)
     tl.store(at + INNER, up.to(kind), mask=keep)
     value = activate(gate, ACT) * up
-    tl.store(h + rows.to(tl.int64)[:, None] * INNER + columns[None, :], value.to(kind), mask=keep)
+    tl.store(
+        h + rows.to(tl.int64)[:, None] * INNER + columns[None, :],
+        value.to(kind),
+        mask=keep,
+    )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def up_kernel(
     x,
     order,
@@ -252,7 +266,9 @@ def _product_tile(
         else:
             left = tl.load(a_pointers, mask=(k + ks)[None, :] < K, other=0.0)
         if w_desc is None:
-            right = tl.load(w_pointers, mask=fits[None, :] & ((k + ks)[:, None] < K), other=0.0)
+            right = tl.load(
+                w_pointers, mask=fits[None, :] & ((k + ks)[:, None] < K), other=0.0
+            )
         elif KN:
             right = tl.reshape(w_desc.load([e, k, n0]), [BK, BN])
         else:
@@ -264,14 +280,20 @@ def _product_tile(
         else:
             w_pointers += BK
     if RP:
-        acc = _add_lora(acc, small, wide, rows, live, e, n0, N, RANK, False, LORA_KN, RP, BN)
+        acc = _add_lora(
+            acc, small, wide, rows, live, e, n0, N, RANK, False, LORA_KN, RP, BN
+        )
     if weights is not None:
         acc *= tl.load(weights + slot, mask=live, other=0.0).to(tl.float32)[:, None]
-    at = out + rows.to(tl.int64)[:, None] * OUT_STRIDE + (columns - first_column)[None, :]
+    at = (
+        out
+        + rows.to(tl.int64)[:, None] * OUT_STRIDE
+        + (columns - first_column)[None, :]
+    )
     tl.store(at, acc.to(out.dtype.element_ty), mask=live[:, None] & fits[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "first_block", "blocks"])
 def product_kernel(
     a,
     a_desc,

@@ -63,7 +63,9 @@ def route(index: Tensor, experts: int, tile: int, chunk: int) -> Routing:
     )
     flat = index.reshape(-1)
     sizes = {"SLOTS": slots, "EXPERTS": experts, "BINS": bins, "BLOCK": _BLOCK}
-    launch(count_kernel, (blocks,), index=flat, counts=counts, **sizes, warps=4, stages=1)
+    launch(
+        count_kernel, (blocks,), index=flat, counts=counts, **sizes, warps=4, stages=1
+    )
     launch(
         scan_kernel,
         (1,),
@@ -76,7 +78,7 @@ def route(index: Tensor, experts: int, tile: int, chunk: int) -> Routing:
         BINS=bins,
         ROWS=max(8, 16384 // bins),
         TILE=tile,
-        CHUNK=chunk,
+        chunk_rows=chunk,
         warps=8,
         stages=1,
     )
@@ -98,7 +100,7 @@ def route(index: Tensor, experts: int, tile: int, chunk: int) -> Routing:
         chunks=chunks,
         **sizes,
         TILE=tile,
-        CHUNK=chunk,
+        chunk_rows=chunk,
         FILL=next_power(triton.cdiv(max(tiles, chunks), blocks)),
         STEP=32,
         warps=4,
@@ -114,7 +116,7 @@ def _expert_of(index, i, SLOTS, EXPERTS):
     return tl.where((e < 0) | (e > EXPERTS), EXPERTS, e).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SLOTS"])
 def count_kernel(
     index,
     counts,
@@ -130,18 +132,18 @@ def count_kernel(
     tl.store(counts + block * BINS + tl.arange(0, BINS), tl.histogram(e, BINS))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "chunk_rows"])
 def scan_kernel(
     counts,
     offsets,
     tile_first,
     chunk_first,
     blocks,
+    chunk_rows,
     EXPERTS: tl.constexpr,
     BINS: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
-    CHUNK: tl.constexpr,
 ):
     """Turn counts into starts within the expert, and cut experts into tiles and chunks. One program."""
     bins = tl.arange(0, BINS)
@@ -157,7 +159,7 @@ def scan_kernel(
     real = bins < EXPERTS
     total = tl.where(real, carry, 0)
     tiles = (total + TILE - 1) // TILE
-    chunks = tl.where(real, tl.maximum((total + CHUNK - 1) // CHUNK, 1), 0)
+    chunks = tl.where(real, tl.maximum((total + chunk_rows - 1) // chunk_rows, 1), 0)
     ends = bins <= EXPERTS
     tl.store(offsets + bins, tl.cumsum(total, 0) - total, mask=ends)
     tl.store(tile_first + bins, tl.cumsum(tiles, 0) - tiles, mask=ends)
@@ -166,7 +168,16 @@ def scan_kernel(
 
 @triton.jit
 def _fill_map(
-    first, offsets, to_expert, to_row, size, start, EXPERTS, BINS: tl.constexpr, FILL: tl.constexpr, UNIT
+    first,
+    offsets,
+    to_expert,
+    to_row,
+    size,
+    start,
+    EXPERTS,
+    BINS: tl.constexpr,
+    FILL: tl.constexpr,
+    UNIT,
 ):
     """Write map entries ``start .. start + FILL``: the expert of each and its first row, or -1."""
     entry = start + tl.arange(0, FILL)
@@ -180,7 +191,7 @@ def _fill_map(
     tl.store(to_row + entry, row, mask=entry < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "chunks", "chunk_rows", "SLOTS"])
 def scatter_kernel(
     index,
     counts,
@@ -195,12 +206,12 @@ def scatter_kernel(
     chunk_expert,
     chunk_row,
     chunks,
+    chunk_rows,
     SLOTS,
     EXPERTS: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
-    CHUNK: tl.constexpr,
     FILL: tl.constexpr,
     STEP: tl.constexpr,
 ):
@@ -221,5 +232,27 @@ def scatter_kernel(
     tl.store(order + row, i, mask=live)
     tl.store(position + i, tl.where(live, row, -1), mask=i < SLOTS)
     start = block * FILL
-    _fill_map(tile_first, offsets, tile_expert, tile_row, tiles, start, EXPERTS, BINS, FILL, TILE)
-    _fill_map(chunk_first, offsets, chunk_expert, chunk_row, chunks, start, EXPERTS, BINS, FILL, CHUNK)
+    _fill_map(
+        tile_first,
+        offsets,
+        tile_expert,
+        tile_row,
+        tiles,
+        start,
+        EXPERTS,
+        BINS,
+        FILL,
+        TILE,
+    )
+    _fill_map(
+        chunk_first,
+        offsets,
+        chunk_expert,
+        chunk_row,
+        chunks,
+        start,
+        EXPERTS,
+        BINS,
+        FILL,
+        chunk_rows,
+    )
