@@ -1,0 +1,135 @@
+"""Which tiles the experts kernels use: a hand-picked table by device class, no search at run time.
+
+The figures behind the choices are in NOTES.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .experts_problem import Problem
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Block sizes and compile options of one product kernel."""
+
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything the launches of one call depend on besides the shapes."""
+
+    rows: int  # rows of a tile
+    half_rows: bool  # run tiles at most half full at half height
+    descriptors: bool  # weights (and contiguous operands) through tensor descriptors
+    group: int  # row tiles that share their column blocks in time
+    up: Tiles  # bn counts columns of gate, the product is twice as wide
+    down: Tiles
+    d_hidden: Tiles
+    d_input: Tiles
+    chunk: int  # rows of a partial sum
+    column_groups: int  # most parts into which the middle kernel cuts the inner width
+    middle_rows: int
+    middle_columns: int
+    middle_warps: int
+    middle_stages: int
+    skinny_rows: int
+    skinny_bk: int
+    skinny_stages: int
+    sum_rows: int
+    sum_columns: int
+    sum_warps: int
+    sum_stages: int
+    input_parts: int  # column parts of dX that pass through one buffer
+
+
+_HOPPER = Plan(
+    rows=128,
+    half_rows=True,
+    descriptors=True,
+    group=1,
+    up=Tiles(128, 64, 8, 4),
+    down=Tiles(256, 64, 8, 4),
+    d_hidden=Tiles(256, 64, 8, 4),
+    d_input=Tiles(256, 64, 8, 4),
+    chunk=1024,
+    column_groups=16,
+    middle_rows=64,
+    middle_columns=64,
+    middle_warps=4,
+    middle_stages=2,
+    skinny_rows=64,
+    skinny_bk=128,
+    skinny_stages=3,
+    sum_rows=64,
+    sum_columns=128,
+    sum_warps=4,
+    sum_stages=3,
+    input_parts=2,
+)
+_PORTABLE_TILES = Tiles(128, 32, 8, 3)
+_WIDE_TILES = Tiles(64, 32, 4, 2)  # float32 operands
+_INTERPRETER_TILES = Tiles(64, 64, 4, 2)
+
+
+def plan_for(problem: Problem, *, interpreted: bool) -> Plan:
+    """The plan for this problem on its device; meta tensors get the Hopper plan."""
+    device, dtype = problem.hidden.device, problem.dtype
+    hopper = device.type == "meta"
+    if device.type == "cuda":
+        hopper = torch.cuda.get_device_capability(device)[0] == 9
+    if interpreted:
+        return _small(_INTERPRETER_TILES, rows=32, columns=64)
+    if dtype == torch.float32:
+        return _small(_WIDE_TILES, rows=64, columns=32)
+    if not hopper or problem.width % 8 or problem.inner % 8:
+        return _small(_PORTABLE_TILES, rows=128, columns=64)
+    return _hopper(problem)
+
+
+def _hopper(problem: Problem) -> Plan:
+    """Hopper's table, adapted to how many rows an expert has and how large its weights are."""
+    rows = problem.slots / problem.experts
+    weight_bytes = 2 * problem.inner * problem.width * 2
+    changes = {"chunk": max(1024, 1 << max(0, round(rows) - 1).bit_length())}
+    if (
+        weight_bytes > 2**25
+    ):  # an expert's weights do not stay in L2: walk down its rows first
+        changes["group"] = max(1, min(16, round(rows / _HOPPER.rows)))
+    return Plan(**{**_HOPPER.__dict__, **changes})
+
+
+def _small(tiles: Tiles, *, rows: int, columns: int) -> Plan:
+    """A plan without descriptors, one tile shape for every product."""
+    up = Tiles(max(16, tiles.bn // 2), tiles.bk, tiles.warps, tiles.stages)
+    return Plan(
+        rows=rows,
+        half_rows=rows > 32,
+        descriptors=False,
+        group=4,
+        up=up,
+        down=tiles,
+        d_hidden=tiles,
+        d_input=tiles,
+        chunk=1024,
+        column_groups=16,
+        middle_rows=32,
+        middle_columns=columns,
+        middle_warps=4,
+        middle_stages=2,
+        skinny_rows=min(32, rows),
+        skinny_bk=64,
+        skinny_stages=2,
+        sum_rows=32,
+        sum_columns=columns,
+        sum_warps=4,
+        sum_stages=2,
+        input_parts=2,
+    )

@@ -1,0 +1,258 @@
+"""Routing on the device in three launches: who serves which slot, in a stable order, without a sync.
+
+Slots (``slot = token * K + k``) are counting-sorted by expert. Two maps cut every expert's rows into
+*tiles* (units of a product) and *chunks* (units of a sum over rows), each within one expert. Map
+entries past the last are -1; an empty expert has no tile and one empty chunk, so that its partial
+sums are written as zeros.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import launch, next_power
+
+_BLOCK = 256  # slots a program counts and scatters
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Device tensors, all int32. ``rows`` are positions in the sorted order."""
+
+    order: Tensor  # (S,) row -> slot; sentinels have no row
+    position: Tensor  # (S,) slot -> row, -1 for a sentinel
+    offsets: Tensor  # (E + 1,) first row of each expert; the last is the number of rows
+    tile_expert: Tensor  # (tiles,)
+    tile_row: Tensor  # (tiles,) first row
+    chunk_expert: Tensor  # (chunks,)
+    chunk_row: Tensor  # (chunks,)
+    chunk_first: Tensor  # (E + 1,) first chunk of each expert
+
+    def tensors(self) -> list[Tensor]:
+        """The fields in order, to be saved for backward; ``Routing(*tensors)`` is the inverse."""
+        return [getattr(self, name) for name in self.__dataclass_fields__]
+
+
+def route(index: Tensor, experts: int, tile: int, chunk: int) -> Routing:
+    """Sort the slots of ``index`` (T, K) by expert; ``tile`` and ``chunk`` are rows a map entry covers."""
+    slots = index.numel()
+    device = index.device
+    blocks = triton.cdiv(slots, _BLOCK)
+    bins = next_power(experts + 1, 128)
+    tiles = slots // tile + min(experts, slots)
+    chunks = slots // chunk + experts
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=device)
+
+    counts, tile_first = empty(blocks, bins), empty(experts + 1)
+    result = Routing(
+        empty(slots),
+        empty(slots),
+        empty(experts + 1),
+        empty(tiles),
+        empty(tiles),
+        empty(chunks),
+        empty(chunks),
+        empty(experts + 1),
+    )
+    flat = index.reshape(-1)
+    sizes = {"SLOTS": slots, "EXPERTS": experts, "BINS": bins, "BLOCK": _BLOCK}
+    launch(
+        count_kernel, (blocks,), index=flat, counts=counts, **sizes, warps=4, stages=1
+    )
+    launch(
+        scan_kernel,
+        (1,),
+        counts=counts,
+        offsets=result.offsets,
+        tile_first=tile_first,
+        chunk_first=result.chunk_first,
+        blocks=blocks,
+        EXPERTS=experts,
+        BINS=bins,
+        ROWS=max(8, 16384 // bins),
+        TILE=tile,
+        chunk_rows=chunk,
+        warps=8,
+        stages=1,
+    )
+    launch(
+        scatter_kernel,
+        (blocks,),
+        index=flat,
+        counts=counts,
+        offsets=result.offsets,
+        order=result.order,
+        position=result.position,
+        tile_first=tile_first,
+        tile_expert=result.tile_expert,
+        tile_row=result.tile_row,
+        tiles=tiles,
+        chunk_first=result.chunk_first,
+        chunk_expert=result.chunk_expert,
+        chunk_row=result.chunk_row,
+        chunks=chunks,
+        **sizes,
+        TILE=tile,
+        chunk_rows=chunk,
+        FILL=next_power(triton.cdiv(max(tiles, chunks), blocks)),
+        STEP=32,
+        warps=4,
+        stages=1,
+    )
+    return result
+
+
+@triton.jit
+def _expert_of(index, i, SLOTS, EXPERTS):
+    """Expert of slots ``i``; whatever is no expert becomes ``EXPERTS``."""
+    e = tl.load(index + i, mask=i < SLOTS, other=EXPERTS)
+    return tl.where((e < 0) | (e > EXPERTS), EXPERTS, e).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["SLOTS"])
+def count_kernel(
+    index,
+    counts,
+    SLOTS,
+    EXPERTS: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Histogram of one block of slots; the sentinel bin is never read."""
+    block = tl.program_id(0)
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    e = _expert_of(index, i, SLOTS, EXPERTS)
+    tl.store(counts + block * BINS + tl.arange(0, BINS), tl.histogram(e, BINS))
+
+
+@triton.jit(do_not_specialize=["blocks", "chunk_rows"])
+def scan_kernel(
+    counts,
+    offsets,
+    tile_first,
+    chunk_first,
+    blocks,
+    chunk_rows,
+    EXPERTS: tl.constexpr,
+    BINS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Turn counts into starts within the expert, and cut experts into tiles and chunks. One program."""
+    bins = tl.arange(0, BINS)
+    carry = tl.zeros([BINS], tl.int32)
+    for first in range(0, blocks, ROWS):
+        rows = first + tl.arange(0, ROWS)
+        pointers = counts + rows[:, None] * BINS + bins[None, :]
+        live = rows[:, None] < blocks
+        block = tl.load(pointers, mask=live, other=0)
+        running = tl.cumsum(block, 0)
+        tl.store(pointers, running - block + carry[None, :], mask=live)
+        carry += tl.sum(block, 0)
+    real = bins < EXPERTS
+    total = tl.where(real, carry, 0)
+    tiles = (total + TILE - 1) // TILE
+    chunks = tl.where(real, tl.maximum((total + chunk_rows - 1) // chunk_rows, 1), 0)
+    ends = bins <= EXPERTS
+    tl.store(offsets + bins, tl.cumsum(total, 0) - total, mask=ends)
+    tl.store(tile_first + bins, tl.cumsum(tiles, 0) - tiles, mask=ends)
+    tl.store(chunk_first + bins, tl.cumsum(chunks, 0) - chunks, mask=ends)
+
+
+@triton.jit
+def _fill_map(
+    first,
+    offsets,
+    to_expert,
+    to_row,
+    size,
+    start,
+    EXPERTS,
+    BINS: tl.constexpr,
+    FILL: tl.constexpr,
+    UNIT,
+):
+    """Write map entries ``start .. start + FILL``: the expert of each and its first row, or -1."""
+    entry = start + tl.arange(0, FILL)
+    bins = tl.arange(0, BINS)
+    ends = tl.load(first + 1 + bins, mask=bins < EXPERTS, other=2147483647)
+    expert = tl.sum((ends[None, :] <= entry[:, None]).to(tl.int32), 1)
+    live = expert < EXPERTS
+    row = tl.load(offsets + expert, mask=live, other=0)
+    row += (entry - tl.load(first + expert, mask=live, other=0)) * UNIT
+    tl.store(to_expert + entry, tl.where(live, expert, -1), mask=entry < size)
+    tl.store(to_row + entry, row, mask=entry < size)
+
+
+@triton.jit(do_not_specialize=["tiles", "chunks", "chunk_rows", "SLOTS"])
+def scatter_kernel(
+    index,
+    counts,
+    offsets,
+    order,
+    position,
+    tile_first,
+    tile_expert,
+    tile_row,
+    tiles,
+    chunk_first,
+    chunk_expert,
+    chunk_row,
+    chunks,
+    chunk_rows,
+    SLOTS,
+    EXPERTS: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    FILL: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Place one block of slots, in slot order within each expert, and fill its share of the maps."""
+    block = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    i = block * BLOCK + lane
+    e = _expert_of(index, i, SLOTS, EXPERTS)
+    rank = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, BLOCK, STEP):
+        other_lane = first + tl.arange(0, STEP)
+        other = _expert_of(index, block * BLOCK + other_lane, SLOTS, EXPERTS)
+        earlier = (other[None, :] == e[:, None]) & (other_lane[None, :] < lane[:, None])
+        rank += tl.sum(earlier.to(tl.int32), 1)
+    live = (i < SLOTS) & (e < EXPERTS)
+    row = rank + tl.load(offsets + e, mask=live, other=0)
+    row += tl.load(counts + block * BINS + e, mask=live, other=0)
+    tl.store(order + row, i, mask=live)
+    tl.store(position + i, tl.where(live, row, -1), mask=i < SLOTS)
+    start = block * FILL
+    _fill_map(
+        tile_first,
+        offsets,
+        tile_expert,
+        tile_row,
+        tiles,
+        start,
+        EXPERTS,
+        BINS,
+        FILL,
+        TILE,
+    )
+    _fill_map(
+        chunk_first,
+        offsets,
+        chunk_expert,
+        chunk_row,
+        chunks,
+        start,
+        EXPERTS,
+        BINS,
+        FILL,
+        chunk_rows,
+    )

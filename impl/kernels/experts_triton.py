@@ -1,0 +1,394 @@
+"""The experts layer in Triton: the launches of one forward and one backward, in order.
+
+Forward saves GU (S, 2I), the scaled X Aᵀ and h A₂ᵀ (S, r), and lora_B in expert-major order; h and
+the per-slot outputs are not saved. Nothing reads a device value on the host.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import experts_small_triton as small
+from .experts_plan import Plan, Tiles, plan_for
+from .experts_problem import ExpertLora, Gradients, Needs, Problem
+from .experts_products_triton import product_kernel, up_kernel
+from .experts_routing_triton import Routing, route
+from .launch import CompileSpec, launch, next_power, recording, spec_of
+
+INTERPRETED: bool = not isinstance(product_kernel, triton.runtime.JITFunction)
+
+
+class Run:
+    """One call's tensors in the compute dtype, its plan and its routing; methods are its launches."""
+
+    def __init__(self, problem: Problem, plan: Plan, routing: Routing) -> None:
+        self.p, self.plan, self.routing = problem, plan, routing
+        kind = problem.dtype
+        self.hidden = problem.hidden.to(kind).contiguous()
+        self.gate_up = problem.gate_up.to(kind).contiguous()
+        self.down = problem.down.to(kind).contiguous()
+        self.weights = problem.weights.contiguous().view(-1)
+        self.a_up = _operand(problem.lora.gate_up_a, kind)
+        self.a_down = _operand(problem.lora.down_a, kind)
+        self.rp_up, self.rp_down = _padded(problem.rank_up), _padded(problem.rank_down)
+        self.maps: dict[str, Any] = {
+            "tile_expert": routing.tile_expert,
+            "tile_row": routing.tile_row,
+            "offsets": routing.offsets,
+        }
+        self.chunks: dict[str, Any] = {
+            "chunk_expert": routing.chunk_expert,
+            "chunk_row": routing.chunk_row,
+            "offsets": routing.offsets,
+        }
+
+    @property
+    def tiles(self) -> int:
+        return self.routing.tile_expert.shape[0]
+
+    @property
+    def chunk_count(self) -> int:
+        return self.routing.chunk_expert.shape[0]
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.hidden.new_empty(shape, dtype=dtype or self.p.dtype)
+
+    def descriptor(self, tensor: Tensor, block: list[int]) -> Any:
+        """A host-side tensor descriptor, or None where the plan or the layout has none."""
+        if not self.plan.descriptors or not tensor.numel():
+            return None
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        if tensor.data_ptr() % 16:
+            return None
+        shape, strides = list(tensor.shape), list(tensor.stride())
+        return TensorDescriptor(tensor, shape, strides, block)
+
+    def swap_b(self, b: Tensor | None, rank: int, padded: int) -> Tensor | None:
+        """lora_B (out, r * E) as (E, out, padded rank)."""
+        if b is None:
+            return None
+        rows, experts = b.shape[0], self.p.experts
+        out = self.empty(experts, rows, padded)
+        launch(
+            small.swap_kernel,
+            (triton.cdiv(rows * padded, 64), triton.cdiv(experts, 64)),
+            source=b.contiguous(),
+            target=out,
+            RANK=rank,
+            EXPERTS=experts,
+            ROWS=rows,
+            RP=padded,
+            BX=64,
+            BE=64,
+            warps=4,
+            stages=1,
+        )
+        return out
+
+    def skinny(
+        self,
+        a: Tensor,
+        factor: Tensor,
+        rank: int,
+        scale: float,
+        *,
+        gather: bool,
+        by_rank: bool,
+    ) -> Tensor:
+        """scale * A[row] F[e] of every row, (S, padded rank)."""
+        plan, padded = self.plan, _padded(rank)
+        out = self.empty(self.p.slots, padded)
+        launch(
+            small.skinny_kernel,
+            (self.tiles * (plan.rows // plan.skinny_rows),),
+            a=a,
+            order=self.routing.order,
+            factor=factor,
+            out=out,
+            scale=float(scale),
+            **self.maps,
+            K=a.shape[1],
+            TOP_K=self.p.top_k,
+            RANK=rank,
+            RP=padded,
+            GATHER=gather,
+            BY_RANK=by_rank,
+            TILE=plan.rows,
+            BM=plan.skinny_rows,
+            BK=plan.skinny_bk,
+            warps=4,
+            stages=plan.skinny_stages,
+        )
+        return out
+
+    def up(self, xa: Tensor | None, b_up: Tensor | None) -> tuple[Tensor, Tensor]:
+        """GU (S, 2I) and h (S, I)."""
+        p, plan, tiles = self.p, self.plan, self.plan.up
+        gate_up, h = self.empty(p.slots, 2 * p.inner), self.empty(p.slots, p.inner)
+        rest = p.inner % tiles.bn
+        half = 0 < rest <= tiles.bn // 2 and tiles.bn >= 32
+        weight = self.gate_up.view(2 * p.experts, p.inner, p.width)
+        launch(
+            up_kernel,
+            (self.tiles * triton.cdiv(p.inner, tiles.bn),),
+            x=self.hidden,
+            order=self.routing.order,
+            w=weight,
+            w_desc=self.descriptor(weight, [2, tiles.bn, tiles.bk]),
+            w_half_desc=self.descriptor(weight, [2, tiles.bn // 2, tiles.bk])
+            if half
+            else None,
+            xa=xa,
+            b=b_up,
+            gate_up=gate_up,
+            h=h,
+            **self.maps,
+            tiles=self.tiles,
+            H=p.width,
+            INNER=p.inner,
+            TOP_K=p.top_k,
+            RP=self.rp_up,
+            ACT=p.act,
+            BM=plan.rows,
+            BN=tiles.bn,
+            BK=tiles.bk,
+            GROUP=plan.group,
+            HALF_ROWS=plan.half_rows,
+            HALF_COLUMNS=half,
+            warps=tiles.warps,
+            stages=tiles.stages,
+        )
+        return gate_up, h
+
+    def product(
+        self,
+        tiles: Tiles,
+        a: Tensor,
+        w: Tensor,
+        out: Tensor,
+        *,
+        gather: bool,
+        transposed: bool,
+        left: Tensor | None,
+        right: Tensor | None,
+        rank: int,
+        weights: Tensor | None = None,
+        first_block: int = 0,
+        blocks: int | None = None,
+    ) -> None:
+        """out = A W + left right, for ``blocks`` column blocks; ``transposed`` takes w as (E, K, N)."""
+        plan = self.plan
+        inner, columns = a.shape[1], w.shape[2] if transposed else w.shape[1]
+        blocks = triton.cdiv(columns, tiles.bn) if blocks is None else blocks
+        box = [1, tiles.bk, tiles.bn] if transposed else [1, tiles.bn, tiles.bk]
+        a_desc = None if gather else self.descriptor(a, [plan.rows, tiles.bk])
+        a_half = None if gather else self.descriptor(a, [plan.rows // 2, tiles.bk])
+        launch(
+            product_kernel,
+            (self.tiles * blocks,),
+            a=a,
+            a_desc=a_desc,
+            a_half_desc=a_half,
+            order=self.routing.order,
+            w=w,
+            w_desc=self.descriptor(w, box),
+            small=left,
+            wide=right,
+            weights=weights,
+            out=out,
+            **self.maps,
+            tiles=self.tiles,
+            first_block=first_block,
+            blocks=blocks,
+            K=inner,
+            N=columns,
+            OUT_STRIDE=out.stride(0),
+            TOP_K=self.p.top_k,
+            RANK=rank,
+            RP=_padded(rank),
+            GATHER=gather,
+            KN=transposed,
+            LORA_KN=transposed,
+            BM=plan.rows,
+            BN=tiles.bn,
+            BK=tiles.bk,
+            GROUP=plan.group,
+            HALF_ROWS=plan.half_rows,
+            warps=tiles.warps,
+            stages=tiles.stages,
+        )
+
+    def combine(self, rows: Tensor, out: Tensor) -> None:
+        """out[t] = the sum of the token's rows; ``out`` may be a slice of columns."""
+        width = out.shape[1]
+        block = min(1024, next_power(width, 16))
+        launch(
+            small.combine_kernel,
+            (self.p.tokens, triton.cdiv(width, block)),
+            rows_in=rows,
+            position=self.routing.position,
+            out=out,
+            width=width,
+            in_stride=rows.stride(0),
+            out_stride=out.stride(0),
+            TOP_K=self.p.top_k,
+            BLOCK=block,
+            warps=4,
+            stages=1,
+        )
+
+
+def _operand(tensor: Tensor | None, kind: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.detach().to(kind).contiguous()
+
+
+def _padded(rank: int) -> int:
+    """Ranks fill a matrix tile of at least 16; 0 stays 0."""
+    return next_power(rank, 16) if rank else 0
+
+
+def _through_float32(problem: Problem) -> Problem:
+    """The interpreter computes bfloat16 wrongly (`kernels.md` §9): do everything in float32 there."""
+    p, lora = problem, problem.lora
+
+    def wide(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.float()
+
+    factors = ExpertLora(
+        wide(lora.gate_up_a), wide(lora.gate_up_b), lora.gate_up_scale,
+        wide(lora.down_a), wide(lora.down_b), lora.down_scale,
+    )  # fmt: skip
+    return Problem(
+        p.hidden.float(), p.index, p.weights.float(), p.gate_up.float(), p.down.float(), factors,
+        p.act, torch.float32,
+    )  # fmt: skip
+
+
+def forward(problem: Problem, plan: Plan | None = None) -> tuple[Tensor, list[Tensor]]:
+    """Return the output ``(T, H)`` in the dtype of hidden, and what backward needs."""
+    kind = problem.hidden.dtype
+    if not problem.slots:
+        return problem.hidden.new_zeros((problem.tokens, problem.width)), []
+    if INTERPRETED and problem.dtype == torch.bfloat16:
+        problem = _through_float32(problem)
+    plan = plan or plan_for(problem, interpreted=INTERPRETED)
+    p, lora = problem, problem.lora
+    routing = route(p.index.contiguous(), p.experts, plan.rows, plan.chunk)
+    run = Run(p, plan, routing)
+    b_up = run.swap_b(lora.gate_up_b, p.rank_up, run.rp_up)
+    b_down = run.swap_b(lora.down_b, p.rank_down, run.rp_down)
+    xa = ha = None
+    if run.a_up is not None:
+        scale = lora.gate_up_scale
+        xa = run.skinny(
+            run.hidden, run.a_up, p.rank_up, scale, gather=True, by_rank=True
+        )
+    gate_up, h = run.up(xa, b_up)
+    if run.a_down is not None:
+        ha = run.skinny(
+            h, run.a_down, p.rank_down, lora.down_scale, gather=False, by_rank=True
+        )
+    y = run.empty(p.slots, p.width)
+    run.product(
+        plan.down, h, run.down, y, gather=False, transposed=False,
+        left=ha, right=b_down, rank=p.rank_down, weights=run.weights,
+    )  # fmt: skip
+    out = run.empty(p.tokens, p.width, dtype=kind)
+    run.combine(y, out)
+    return out, [
+        t for t in (gate_up, xa, ha, b_up, b_down) if t is not None
+    ] + routing.tensors()
+
+
+def backward(
+    problem: Problem,
+    saved: list[Tensor],
+    grad: Tensor,
+    needs: Needs,
+    plan: Plan | None = None,
+) -> Gradients:
+    """Gradients of every needed input, in the dtype of their parameter."""
+    from . import experts_triton_backward
+
+    return experts_triton_backward.backward(problem, saved, grad, needs, plan)
+
+
+def unpack(
+    problem: Problem, saved: list[Tensor]
+) -> tuple[list[Tensor | None], Routing]:
+    """Undo the packing of `forward`: [GU, XA, HA, B, B₂] with None for what has no adapter; routing."""
+    rest = iter(saved)
+    gate_up = next(rest)
+    xa = next(rest) if problem.rank_up else None
+    ha = next(rest) if problem.rank_down else None
+    b_up = next(rest) if problem.rank_up else None
+    b_down = next(rest) if problem.rank_down else None
+    return [gate_up, xa, ha, b_up, b_down], Routing(*rest)
+
+
+def compile_specs() -> list[CompileSpec]:
+    """Every kernel of a forward and backward at the published shapes, for the compile check in CI."""
+    shapes = {
+        "gemma4": (8192, 128, 2816, 704, 8, "gelu_tanh"),
+        "qwen3_5": (8192, 256, 2048, 512, 8, "silu"),
+        "mixtral": (4096, 8, 4096, 14336, 2, "silu"),
+    }
+    specs: dict[str, CompileSpec] = {}
+    for label, (tokens, experts, width, inner, top_k, act) in shapes.items():
+        for spec in _specs_of(
+            label, _meta_problem(tokens, experts, width, inner, top_k, act)
+        ):
+            body = repr(
+                (spec.name.split(":")[1], spec.signature, spec.constants, spec.options)
+            )
+            specs.setdefault(body, spec)
+    return list(specs.values())
+
+
+def _meta_problem(
+    tokens: int,
+    experts: int,
+    width: int,
+    inner: int,
+    top_k: int,
+    act: str,
+    rank: int = 16,
+) -> Problem:
+    """A problem without memory: bfloat16 weights, float32 adapters and routing weights."""
+
+    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    wide = torch.float32
+    lora = ExpertLora(
+        meta(rank * experts, width, dtype=wide),
+        meta(2 * inner, rank * experts, dtype=wide),
+        2.0,
+        meta(rank * experts, inner, dtype=wide),
+        meta(width, rank * experts, dtype=wide),
+        2.0,
+    )
+    return Problem(
+        meta(tokens, width),
+        meta(tokens, top_k, dtype=torch.int64),
+        meta(tokens, top_k, dtype=wide),
+        meta(experts, 2 * inner, width),
+        meta(experts, width, inner),
+        lora,
+        act,
+        torch.bfloat16,
+    )
+
+
+def _specs_of(label: str, problem: Problem) -> list[CompileSpec]:
+    """Record one forward and backward of a problem on the meta device."""
+    everything = Needs(True, True, False, False, True, True, True, True)
+    with recording() as records:
+        out, saved = forward(problem)
+        backward(problem, saved, torch.empty_like(out), everything)
+    return [spec_of(record, label) for record in records]

@@ -1,0 +1,122 @@
+"""Launching Triton kernels, or recording the launches to compile them later without a device.
+
+Every kernel of this package goes through `launch`. Inside `recording`, launches are collected
+instead of run, so that a whole forward and backward over meta tensors yields the exact signatures
+that a device would compile: the compile check in CI needs no list of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+
+_RECORDER: list[Launch] | None = None
+
+_TYPE_NAMES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int64: "i64",
+    torch.int32: "i32",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: the function, its grid, its arguments by name, its compile options."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.__name__)
+
+
+@dataclass(frozen=True)
+class CompileSpec:
+    """What `triton.compile` needs for one kernel: see `spec_of`."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    attributes: dict[tuple[int, ...], list[list[Any]]]
+    options: dict[str, int]
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *, warps: int, stages: int, **arguments: Any
+) -> None:
+    """Run ``kernel[grid](**arguments)``; an empty grid runs nothing; when recording, only note it."""
+    options = {"num_warps": warps, "num_stages": stages}
+    if _RECORDER is not None:
+        _RECORDER.append(Launch(kernel, grid, arguments, options))
+    elif all(grid):
+        kernel[grid](**arguments, **options)
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collect launches instead of running them; tensors may live on the meta device."""
+    global _RECORDER
+    previous, _RECORDER = _RECORDER, []
+    try:
+        yield _RECORDER
+    finally:
+        _RECORDER = previous
+
+
+def spec_of(record: Launch, label: str) -> CompileSpec:
+    """The compile signature Triton's JIT would derive from the launch's arguments."""
+    names = list(record.kernel.arg_names)
+    constexprs = {p.name for p in record.kernel.params if p.is_constexpr}
+    plain = {p.name for p in record.kernel.params if p.do_not_specialize}
+    signature, constants, attributes = {}, {}, {}
+    for position, name in enumerate(names):
+        value = record.arguments[name]
+        kind = "constexpr" if name in constexprs or value is None else _type_of(value)
+        if isinstance(value, int) and value == 1 and name not in plain:
+            kind = "constexpr"
+        signature[name] = kind
+        if kind == "constexpr":
+            constants[name] = value
+        elif name in plain:
+            continue
+        elif isinstance(value, torch.Tensor) or (
+            isinstance(value, int) and value % 16 == 0
+        ):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    return CompileSpec(
+        f"{label}:{record.name}",
+        record.kernel,
+        signature,
+        constants,
+        attributes,
+        record.options,
+    )
+
+
+def _type_of(value: Any) -> str:
+    """Triton's name for the type of a runtime argument."""
+    if isinstance(value, torch.Tensor):
+        return "*" + _TYPE_NAMES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    block = ",".join(str(size) for size in value.block_shape)
+    return f"tensordesc<{_TYPE_NAMES[value.base.dtype]}[{block}]>"
+
+
+def next_power(value: int, least: int = 1) -> int:
+    """The next power of two that is at least ``value`` and ``least``."""
+    return max(least, int(triton.next_power_of_2(max(1, value))))
