@@ -156,11 +156,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         case = spec.params.get("case") if spec else None
         if case is not None and hasattr(case, "check"):
             item.stash[CASE] = case
+    _drop_empty(config, items)
     if RUN in config.stash:
         _refuse_stale(config.stash[RUN])
     shard = config.getoption("shard")
     if shard:
         _cut(shard, items)
+
+
+def _drop_empty(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Checks of which `--case` leaves nothing: pytest would show each as a skip."""
+    from conformance.check import check_of
+
+    empty = [i for i in items if CASE not in i.stash and check_of(getattr(i, "function", None))]
+    if empty:
+        config.hook.pytest_deselected(items=empty)
+        items[:] = [item for item in items if item not in set(empty)]
 
 
 def _refuse_stale(run: Run) -> None:

@@ -65,6 +65,8 @@ _ROWS = (
     Tolerance("logits/merged", 1e-4, 2.6e-5, "float32, W + s·B·A folded; worst is gemma4-moe"),
     Tolerance("logits/reordered", 2e-5, 6e-6, "float32, rows of a batch in another order"),
     Tolerance("weights/merged", 1e-6, 2e-7, "float32, W + s·B·A by einsum against PEFT's"),
+    Tolerance("gradients/settings", 1e-4, 2e-5, "float32, offload, checkpoints, kernels on or off"),
+    Tolerance("rotary/frequencies", 1e-6, 1.2e-7, "float32 arithmetic of theta ** (-2i/d)"),
     Tolerance("loss/same-model", 1e-6, 2e-7, "float32, the same model's loss by another path"),
 )
 

@@ -292,12 +292,15 @@ def test_adapters_do_not_pile_up(case: Case, subject: Subject, measured: Measure
 
     Every quantised expert weight is; PEFT 0.21 leaves its own parametrization behind (L13).
     """
-    plan = subject.plan()
+    routed = expert_modules(subject.stock("float32"))
+    names = [f"{path}.gate_up_proj" for path in sorted(routed)]
+    plan = subject.plan(options={"lora_target_parameters": names})
     model = subject.built(plan, case.setting)
-    for module in list(model.modules()):
-        if getattr(module, "gate_up_proj", None) is not None and module.gate_up_proj.dim() == 3:
-            torch.nn.utils.parametrize.register_parametrization(module, "gate_up_proj", Identity())
+    for path in routed:
+        experts = model.get_submodule(path)
+        torch.nn.utils.parametrize.register_parametrization(experts, "gate_up_proj", Identity())
     model = subject.adopt(model, plan)
+    assert routed <= adapted_modules(model), f"{case.id}: the experts were not adapted"
     batch = subject.batch()
     logits = [subject.eval_logits(model, batch) for _ in range(3)]
     base = subject.eval_logits(subject.model(tuning="full"), batch)

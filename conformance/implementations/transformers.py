@@ -79,7 +79,7 @@ class StockTransformers:
             "gradient_checkpointing": setting.checkpointing != "off",
             "gradient_checkpointing_kwargs": kwargs,
             "lora_target_modules": options.get("lora_targets", "all-linear"),
-            "lora_target_parameters": list(EXPERT_PARAMETERS)
+            "lora_target_parameters": options.get("lora_target_parameters", list(EXPERT_PARAMETERS))
             if setting.tuning == "lora-experts"
             else [],
             "sample_packing": setting.batch == "packed",
