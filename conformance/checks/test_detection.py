@@ -133,7 +133,7 @@ def test_tiny_obeys_the_fixture_rules(case: Case, subject: Subject) -> None:
     varies=("tuning", "checkpointing", "offload", "kernels", "batch"),
 )
 def test_requested_features_take_effect(case: Case, subject: Subject, measured: Measured) -> None:
-    """What a setting asks for can be seen to happen: adapters, recomputation, offloading, no logits.
+    """What a setting asks for is seen to happen: adapters, recomputation, offloading, no logits.
 
     https://github.com/axolotl-ai-cloud/axolotl/pull/3733
     """
@@ -177,7 +177,7 @@ def watch(model: nn.Module, subject: Subject) -> dict[str, float]:
         ] in name.split("."):
             module.register_forward_pre_hook(counter("layer runs"))
             counts["layers"] += 1
-        elif name.endswith("lm_head") or name.endswith("lm_head.base_layer"):
+        elif name.endswith(("lm_head", "lm_head.base_layer")):
             module.register_forward_pre_hook(counter("head runs"))
     batch = subject.batch()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
