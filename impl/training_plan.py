@@ -45,7 +45,8 @@ class Decision:
 @dataclass(frozen=True)
 class LoraPlan:
     """What is adapted. target_modules: a PEFT regex (full match) or None; target_parameters:
-    suffixes of 3-D expert weights; exclude: why each left-out module is left out.
+    suffixes of 3-D expert weights; exclude: why each left-out module is left out; dropout: of the
+    adapters.
     """
 
     target_modules: str | None
@@ -56,6 +57,7 @@ class LoraPlan:
     exclude: Mapping[str, str] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
     quantize_4bit: bool = False
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,230 @@
+"""Adapters: which modules and expert weights, rank, dropout, 4-bit base."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from .errors import ConfigError, Refused
+from .lora_targets import ROUTED_EXPERTS, default_regex
+from .plan_draft import Draft
+from .traits import Traits
+from .training_plan import LoraPlan
+
+# Rank of real models, and of those so narrow that it would exceed their projections.
+RANK, TINY_RANK, TINY_WIDTH = 16, 4, 256
+
+
+def decide_lora(draft: Draft) -> LoraPlan | None:
+    """Every `lora_*` key, `adapter` and `load_in_4bit`; None for full fine-tuning.
+
+    Refused: expert adapters without experts or with dropout, targets that are experts in a model
+    whose experts are not weights.
+    """
+    _four_bit(draft)
+    if not draft.adapters:
+        _none(draft)
+        return None
+    quantized = draft.setting.tuning == "qlora"
+    kind = "qlora" if quantized else "lora"
+    draft.decide("adapter", kind, f"the setting: {draft.setting.tuning}")
+    modules, parameters, exclude = _targets(draft)
+    r, alpha = _rank(draft)
+    dropout = _dropout(draft, parameters)
+    saved = tuple(draft.wish("lora_modules_to_save", ()))
+    reason = "as asked for" if saved else "nothing beside the adapters is trained"
+    draft.decide("lora_modules_to_save", list(saved) or None, reason)
+    rslora = bool(draft.wish("peft_use_rslora", False))
+    reason = "as asked for: scale α/√r" if rslora else "the usual scale α/r"
+    draft.decide("peft_use_rslora", rslora or None, reason)
+    return LoraPlan(
+        target_modules=modules if isinstance(modules, str | None) else _as_regex(modules),
+        target_parameters=parameters,
+        r=r,
+        alpha=alpha,
+        rslora=rslora,
+        exclude=exclude,
+        modules_to_save=saved,
+        quantize_4bit=quantized,
+        dropout=dropout,
+    )
+
+
+def _none(draft: Draft) -> None:
+    asked = sorted(name for name in draft.wishes if name.startswith(("lora_", "peft_")))
+    if asked:
+        draft.warn(f"{', '.join(asked)} asked for, but the setting trains every weight, no adapter")
+    names = ("adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+    more = (
+        "lora_target_linear",
+        "lora_target_parameters",
+        "lora_modules_to_save",
+        "peft_use_rslora",
+    )
+    for name in (*names, *more):
+        draft.decide(name, None, "full fine-tuning")
+
+
+def _four_bit(draft: Draft) -> None:
+    if draft.setting.tuning != "qlora":
+        draft.decide("load_in_4bit", False, "the base weights are not quantised in this setting")
+        return
+    reason = "QLoRA: linear layers of the base in 4 bits"
+    experts = draft.traits.experts
+    if experts and experts.parameters:
+        reason += "; the fused expert weights are no linear layers and stay as they are"
+        draft.warn(
+            f"load_in_4bit leaves the {len(experts.layers)} layers' expert weights unquantised: they"
+            " are 3-D parameters, and bitsandbytes replaces linear layers only"
+        )
+    draft.decide("load_in_4bit", True, reason)
+
+
+def _targets(draft: Draft) -> tuple[Any, tuple[str, ...], dict[str, str]]:
+    traits = draft.traits
+    asked, linear = draft.wish("lora_target_modules"), draft.wish("lora_target_linear")
+    regex, exclude = default_regex(traits)
+    names = [asked] if isinstance(asked, str) else list(asked or ())
+    if linear and asked:
+        raise Refused("lora_target_linear and lora_target_modules exclude one another")
+    if linear:
+        regex, exclude = _every_linear(traits), {}
+        draft.warn(
+            "lora_target_linear was asked for; it is given as a regex over the language model"
+        )
+    draft.decide("lora_target_linear", False, _linear_reason(traits), "target-linear")
+    modules: Any = asked if asked is not None else regex
+    if asked is not None:
+        exclude = {}
+        plain = [name for name in names if name != ROUTED_EXPERTS]
+        modules = asked if isinstance(asked, str) and plain else (plain or None)
+        draft.decide("lora_target_modules", modules, "as asked for")
+    else:
+        draft.decide(
+            "lora_target_modules", modules, _regex_reason(traits), _regex_row(traits, regex)
+        )
+    parameters = _parameters(draft, ROUTED_EXPERTS in names)
+    if traits.components:
+        exclude["|".join(traits.components)] = "not the language model: no gradient on text (L6)"
+    return modules, parameters, exclude
+
+
+def _regex_reason(traits: Traits) -> str:
+    where = f"{traits.cls.name}: " if traits.cls else "class unknown: "
+    text = f"{where}restricted to the language model ({traits.layers}); optional checkpoint wrapper"
+    if traits.kv_sharing and traits.cls and traits.cls.keyless:
+        text += f"; the {len(traits.cls.keyless)} layers that borrow keys and values have no k, v"
+    if traits.attention_k_eq_v:
+        text += "; full-attention layers have no v_proj"
+    return text
+
+
+def _regex_row(traits: Traits, regex: str) -> str | None:
+    if not traits.layers.startswith("model.language_model."):
+        return "regex-by-class"
+    specified = regex.endswith("(up|down|gate|q|k|v|o)_proj")
+    return "regex-names" if specified else "regex-recurrent"
+
+
+def _linear_reason(traits: Traits) -> str:
+    if traits.multimodal:
+        return "would adapt the towers too, whose adapters get no gradient on text (L6)"
+    if traits.experts:
+        return "would adapt the router and leave routed experts out (L5)"
+    return "the regex says the same, and says it by name"
+
+
+def _every_linear(traits: Traits) -> str:
+    """A regex over every linear layer of the language model's layers that trains rightly."""
+    names = [n.name for n in traits.cls.linears] if traits.cls else []
+    names = [n for n in names if not any(n.endswith(part) for part in traits.bypassed)]
+    if not names:
+        raise Refused("lora_target_linear: the class is unknown, and so are its linear layers")
+    return rf"{traits.layers}.[\d]+.(_checkpoint_wrapped_module.)?({'|'.join(names)})"
+
+
+def _as_regex(names: list[str]) -> str:
+    return rf"(.*\.)?({'|'.join(re.escape(name) for name in names)})"
+
+
+def _parameters(draft: Draft, named: bool) -> tuple[str, ...]:
+    """`lora_target_parameters`: the routed experts, if they are asked for."""
+    experts, asked = draft.traits.experts, draft.wish("lora_target_parameters")
+    wanted = named or asked is not None or draft.setting.tuning == "lora-experts"
+    if experts is None:
+        if wanted:
+            raise Refused(f"expert LoRA: {draft.traits.model_type} has no routed experts")
+        draft.decide("lora_target_parameters", None, "no routed experts")
+        return ()
+    if not wanted:
+        where = "the dense MLP beside them" if experts.in_layer else "attention and shared parts"
+        why = (
+            f"routed experts stay frozen; the names reach {where}: ask for {ROUTED_EXPERTS!r} (L5)"
+        )
+        draft.decide("lora_target_parameters", None, why, "lora-names")
+        return ()
+    if not experts.parameters:
+        raise Refused(
+            "expert LoRA: the experts are modules, not 3-D weights; name their linear layers in"
+            " lora_target_modules"
+            if experts.layout == "modules"
+            else "expert LoRA: the class is unknown, and so are the experts' weights"
+        )
+    names = ROUTED_EXPERTS in (asked or ())
+    value = experts.targets if asked is None or names else tuple(str(name) for name in asked)
+    stray = [v for v in value if v.rpartition(".")[2] not in experts.parameters]
+    if stray:
+        raise Refused(
+            f"lora_target_parameters: {', '.join(stray)} is no expert weight of this model; it has"
+            f" {', '.join(experts.targets)}"
+        )
+    draft.decide(
+        "lora_target_parameters", list(value), f"routed experts: {experts.layout} 3-D weights"
+    )
+    return value
+
+
+def _rank(draft: Draft) -> tuple[int, int]:
+    tiny = draft.traits.hidden_size < TINY_WIDTH
+    r = int(draft.wish("lora_r", TINY_RANK if tiny else RANK))
+    if r < 1:
+        raise ConfigError(f"plan: lora_r is {r}; it must be positive")
+    alpha = int(draft.wish("lora_alpha", 2 * r))
+    if alpha < 1:
+        raise ConfigError(f"plan: lora_alpha is {alpha}; it must be positive")
+    why = "small, as the model is narrow" if tiny else "ordinary; the specification names none"
+    draft.decide("lora_r", r, "as asked for" if "lora_r" in draft.wishes else why)
+    draft.decide("lora_alpha", alpha, f"scale α/r = {alpha / r:g}")
+    return r, alpha
+
+
+def _dropout(draft: Draft, parameters: tuple[str, ...]) -> float:
+    value = float(draft.wish("lora_dropout", 0.0))
+    if not 0.0 <= value < 1.0:
+        raise ConfigError(f"plan: lora_dropout is {value:g}; it must lie in [0, 1)")
+    if value and parameters:
+        raise Refused(
+            f"lora_dropout: {value:g} with lora_target_parameters: adapters on 3-D weights have no"
+            " dropout (PEFT's ParamWrapper refuses it); set it to 0"
+        )
+    why = (
+        "adapters on 3-D expert weights allow no dropout" if parameters else "off unless asked for"
+    )
+    draft.decide("lora_dropout", value, "as asked for" if value else why)
+    return value
+
+
+def trainable(traits: Traits, plan: LoraPlan) -> int:
+    """Parameters of the adapters, counted over the linear layers and expert weights they cover."""
+    if traits.cls is None:
+        return 0
+    count = 0
+    for linear in traits.cls.linears:
+        name = f"{traits.layers}.0.{linear.name}"
+        if plan.target_modules and re.fullmatch(plan.target_modules, name):
+            count += plan.r * (linear.inputs + linear.outputs) * linear.count
+    experts = traits.experts
+    if experts and plan.target_parameters:
+        width = traits.hidden_size + experts.width
+        count += len(plan.target_parameters) * len(experts.layers) * experts.num * plan.r * width
+    return count
