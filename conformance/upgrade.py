@@ -1,0 +1,144 @@
+"""Before upgrading: both environments, both runs, the comparison, and who is to blame."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from conformance.annotations import read_annotations
+from conformance.attribution import attribute, bisect
+from conformance.compare import Comparison, compare
+from conformance.environments import (
+    Environment,
+    Pins,
+    build_full,
+    build_layer,
+    cache_root,
+    complete,
+    parse_pins,
+    releases_between,
+    resolve,
+)
+from conformance.report import Report
+from conformance.suite_run import Run, Selection, start, stop_all
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """An upgrade to judge. before, after: texts of `NAME==VERSION`; jobs: runs at once."""
+
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    selection: Selection = Selection()
+    bisect: bool = False
+    full_environment: bool = False
+    jobs: int = 0
+    root: Path | None = None
+
+
+class Upgrade:
+    """One judgement: environments and runs are kept, so an interrupted one continues."""
+
+    def __init__(self, request: Request, say: Say, progress: Callable[[Sequence[Run]], None]):
+        self.request = request
+        self.say = say
+        self.progress = progress
+        self.root = request.root or cache_root()
+
+    def judge(self) -> Comparison:
+        """Resolve both sides, build, run, compare, attribute. Raises InputError."""
+        old = parse_pins(self.request.before, "--from")
+        new = parse_pins(self.request.after, "--to")
+        old, new = complete(old, new), complete(new, old)
+        self.say("checking the requirements")
+        layers = [resolve(old), resolve(new)]  # both, before anything is installed
+        environments = [
+            self.build(layer, pins) for layer, pins in zip(layers, (old, new), strict=True)
+        ]
+        labels = (f"from {words(old)}", f"to {words(new)}")
+        before, after = self.run(
+            list(zip(environments, labels, strict=True)), self.request.selection
+        )
+        found = compare(before, after, read_annotations())
+        if not found.exit or old == new:
+            return found
+        return replace(found, attribution=self.attribute(found, old, new))
+
+    def build(self, layer: Pins, pins: Pins) -> Environment:
+        """The environment of a side."""
+        began = time.monotonic()
+        if self.request.full_environment:
+            found = build_full({**layer, **pins}, self.root)
+        else:
+            found = build_layer(layer, self.root)
+        self.say(f"environment {words(pins)}: {words(layer) or 'as installed'}"
+                 f" ({time.monotonic() - began:.1f} s)")  # fmt: skip
+        return found
+
+    def run(self, sides: Sequence[tuple[Environment, str]], selection: Selection) -> list[Report]:
+        """The reports of some environments, as many at once as asked for."""
+        at_once = self.request.jobs or min(len(sides), max(1, (os.cpu_count() or 1)))
+        waiting = list(sides)
+        runs: list[Run] = []
+        try:
+            while waiting or not all(run.poll() for run in runs):
+                while waiting and sum(not run.poll() for run in runs) < at_once:
+                    environment, label = waiting.pop(0)
+                    runs.append(start(environment, selection, label, self.root))
+                self.progress(runs)
+                time.sleep(0.05)
+            self.progress(runs)
+        except BaseException:
+            stop_all(runs)
+            raise
+        return [run.result() for run in runs]
+
+    def attribute(self, found: Comparison, old: Pins, new: Pins) -> Mapping[str, str]:
+        """Who is to blame for each broken case, in words."""
+        broken = [change.case_id for change in found.sections["broken"]]
+        blamed = attribute(broken, old, new, self.ask, self.say)
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for case, names in blamed.items():
+            groups.setdefault(names, []).append(case)
+        said: dict[str, str] = {}
+        for names, cases in groups.items():
+            said.update(dict.fromkeys(cases, move_words(names, old, new)))
+            if self.request.bisect and len(names) == 1:
+                said.update(self.narrow(names[0], cases, old, new))
+        return said
+
+    def narrow(self, name: str, cases: Sequence[str], old: Pins, new: Pins) -> Mapping[str, str]:
+        """The release of one package that broke each case."""
+        releases = releases_between(name, old[name], new[name])
+        if not releases:
+            self.say(f"{name}: going back from {old[name]} to {new[name]} is not bisected")
+            return {}
+        first = bisect(cases, name, old, releases, self.ask, self.say)
+        before = dict(zip(releases, [old[name], *releases], strict=False))
+        return {
+            case: f"{name} {release} (passes with {before[release]})"
+            for case, release in first.items()
+        }
+
+    def ask(self, pins: Pins, cases: Sequence[str]) -> Mapping[str, str]:
+        """Verdicts of some cases under some pins."""
+        environment = self.build(resolve(pins), pins)
+        selection = replace(self.request.selection, cases=tuple(cases), markers="")
+        report = self.run([(environment, words(pins))], selection)[0]
+        return {row.case_id: row.verdict for row in report.rows}
+
+
+def words(pins: Mapping[str, str]) -> str:
+    """`peft 0.20.0, transformers 5.17.0`."""
+    return ", ".join(f"{name} {number}" for name, number in sorted(pins.items()))
+
+
+def move_words(names: Sequence[str], old: Pins, new: Pins) -> str:
+    """Blame in words; several packages break it only together."""
+    moves = [f"{name} {old[name]} → {new[name]}" for name in names]
+    return " together with ".join(moves)
