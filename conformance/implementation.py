@@ -121,7 +121,12 @@ class Implementation(Protocol):
     refusals: tuple[type[BaseException], ...]
 
     def plan(self, config: Any, setting: Any, strategy: str, **options: Any) -> TrainingPlan:
-        """What a user would write for this model config (a transformers config or its dict)."""
+        """What a user would write for this model config (a transformers config or its dict).
+
+        options, all optional: lora_targets (a PEFT spec: "all-linear", a list of names, a regex),
+        lora_target_parameters (full paths), lora_r, lora_alpha, lora_dropout, use_rslora,
+        modules_to_save, freeze_mm_modules, auxiliary_loss (asks for the router's loss).
+        """
 
     def build(self, path: Path, plan: TrainingPlan, mesh: Any = None) -> nn.Module:
         """The model of a checkpoint directory as the stack loads it (class, dtype, quantisation;

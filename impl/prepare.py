@@ -72,7 +72,7 @@ def _kernels(model: nn.Module, plan: TrainingPlan, state: Prepared) -> None:
     wanted = plan.experts_implementation
     if wanted is not None and is_moe(model):
         if wanted not in STOCK_EXPERTS:
-            enable = _kernel("experts", "enable", f"experts_implementation={wanted!r}")
+            enable = _kernel("experts_enable", "enable", f"experts_implementation={wanted!r}")
             state.undo.append(enable(model))
         elif hasattr(inner, "set_experts_implementation"):
             _set_experts(inner, wanted, state)

@@ -11,7 +11,7 @@ from torch import nn
 from conformance import checkpoint
 from conformance.case import Case
 from conformance.check import check
-from conformance.fidelity import differences, fixture_faults, published
+from conformance.fidelity import differences, fixture_faults, published_config
 from conformance.lora import adapters, decoder_projections
 from conformance.numerics import assert_close_step
 from conformance.subject import Subject
@@ -113,7 +113,7 @@ def test_tiny_is_faithful(case: Case, subject: Subject) -> None:
     families.md §11, trap (i): tiny models of the hub are not always faithful
     """
     spec = subject.model_spec
-    found = differences(checkpoint.build_config(spec), published(spec))
+    found = differences(checkpoint.build_config(spec), published_config(spec))
     assert not found, f"{case.id}: beyond sizes it differs in {found}"
 
 

@@ -135,7 +135,9 @@ def test_checkpointing_keeps_gradients(case: Case, subject: Subject, measured: M
     want = subject.step(subject.model(checkpointing="off"), batch)
     model = subject.model()
     passes = [0]
-    inner = next(m for m in layers_of(model, subject.model_spec)[0].modules() if not list(m.children()))
+    inner = next(
+        m for m in layers_of(model, subject.model_spec)[0].modules() if not list(m.children())
+    )
     inner.register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
     got = subject.step(model, batch)
     measured["forward passes of a layer"] = passes[0]
@@ -181,9 +183,7 @@ def test_decoding_equals_the_forward(case: Case, subject: Subject, measured: Mea
             out = model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             rows.append(out.logits)
-    assert_close(
-        case.id, "logits", torch.cat(rows, 1), want, tolerance("logits/decoded"), measured
-    )
+    assert_close(case.id, "logits", torch.cat(rows, 1), want, tolerance("logits/decoded"), measured)
 
 
 @check("M08", needs=("prepare",))

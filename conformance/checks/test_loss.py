@@ -183,15 +183,11 @@ def test_item_count_of_any_type(case: Case, subject: Subject, measured: Measured
         assert_close(case.id, f"loss, {what}", got, want, tolerance("loss/same-model"), measured)
         scaled = {name: g * items / n for name, g in mean.gradients.items()}
         row = tolerance("gradients/rescaled")
-        assert_close_gradients(
-            case.id, step.gradients, scaled, row, measured, f"gradients, {what}"
-        )
+        assert_close_gradients(case.id, step.gradients, scaled, row, measured, f"gradients, {what}")
 
 
 @check("L08", needs=("prepare", "collate", "fit"), settings=("fp64",), marks=TRAINING)
-def test_label_smoothing(
-    case: Case, subject: Subject, measured: Measured, tmp_path: Path
-) -> None:
+def test_label_smoothing(case: Case, subject: Subject, measured: Measured, tmp_path: Path) -> None:
     """Label smoothing in the training loop gives the smoothed cross-entropy's gradients.
 
     https://github.com/huggingface/transformers/issues/37766

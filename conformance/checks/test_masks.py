@@ -18,7 +18,12 @@ from conformance.checks.probes import (
     unwrapped,
     without_labels,
 )
-from conformance.numerics import assert_close, assert_close_gradients, assert_differs, relative_error
+from conformance.numerics import (
+    assert_close,
+    assert_close_gradients,
+    assert_differs,
+    relative_error,
+)
 from conformance.oracles.cross_entropy import linear_cross_entropy
 from conformance.subject import Subject, gradients
 from conformance.tolerances import tolerance
@@ -54,10 +59,10 @@ def test_padding_side_is_irrelevant(case: Case, subject: Subject, measured: Meas
     pad = torch.zeros_like(ids[:, :4])
     for side in ("left", "right"):
         parts = (pad, ids) if side == "left" else (ids, pad)
-        mask = torch.cat([torch.zeros_like(p) if p is pad else torch.ones_like(p) for p in parts], 1)
-        got = subject.eval_logits(
-            model, {"input_ids": torch.cat(parts, 1), "attention_mask": mask}
+        mask = torch.cat(
+            [torch.zeros_like(p) if p is pad else torch.ones_like(p) for p in parts], 1
         )
+        got = subject.eval_logits(model, {"input_ids": torch.cat(parts, 1), "attention_mask": mask})
         real = got[:, 4:] if side == "left" else got[:, :-4]
         assert_close(case.id, side, real, want, tolerance("logits/padded"), measured)
 
@@ -80,9 +85,7 @@ def test_padded_tokens_are_invisible(case: Case, subject: Subject, measured: Mea
 
 
 @check("A04", needs=("prepare", "loss"), settings=("-", "padded", "images"))
-def test_attention_implementations_agree(
-    case: Case, subject: Subject, measured: Measured
-) -> None:
+def test_attention_implementations_agree(case: Case, subject: Subject, measured: Measured) -> None:
     """Eager and sdpa attention (flex on a GPU) give the logits and gradients of the stock eager one.
 
     https://github.com/axolotl-ai-cloud/axolotl/pull/3598

@@ -139,16 +139,12 @@ def test_auxiliary_loss_is_wired(case: Case, subject: Subject, measured: Measure
         got = torch.tensor(on.loss, dtype=torch.float64)
         assert_close(case.id, what, got, want, row, measured)
         routers = [n for n in off.gradients if n.endswith("gate.weight") and "shared" not in n]
-        moved = max(
-            relative_error(on.gradients[n], off.gradients[n]).frobenius for n in routers
-        )
+        moved = max(relative_error(on.gradients[n], off.gradients[n]).frobenius for n in routers)
         measured[f"router gradient moved at {coefficient}"] = moved
         assert (moved > 1e-3) == (coefficient > 0), f"{case.id}: router gradients moved {moved:.3g}"
 
 
-@check(
-    "R05", needs=("prepare", "collate", "loss"), traits=AUXILIARY, settings=("-", "kernels")
-)
+@check("R05", needs=("prepare", "collate", "loss"), traits=AUXILIARY, settings=("-", "kernels"))
 def test_auxiliary_scale_is_invariant(case: Case, subject: Subject, measured: Measured) -> None:
     """The share of the auxiliary loss does not grow with micro-batches, nor with padding.
 
@@ -337,9 +333,13 @@ def per_expert(keys: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         elif re.search(r"experts\.(gate_up_proj|down_proj)$", key):
             stacked[key] = value
     for name, by_expert in found.items():
-        rows = [torch.cat([half for _, half in sorted(by_expert[e].items())]) for e in sorted(by_expert)]
+        rows = [
+            torch.cat([half for _, half in sorted(by_expert[e].items())]) for e in sorted(by_expert)
+        ]
         stacked[name] = torch.stack(rows)
-    return {re.sub(r"block_sparse_moe|mlp", "mlp", canonical_name(k)): v for k, v in stacked.items()}
+    return {
+        re.sub(r"block_sparse_moe|mlp", "mlp", canonical_name(k)): v for k, v in stacked.items()
+    }
 
 
 @check("R09", needs=("build", "save"), traits=("moe",))
@@ -367,5 +367,3 @@ def test_expert_storage_is_lossless(
     for name, parameter in loaded.items():
         assert_equal(case.id, f"{name} loaded", parameter, truth[name], measured)
         assert_equal(case.id, f"{name} saved", saved[name], truth[name], measured)
-
-

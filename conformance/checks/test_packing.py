@@ -258,5 +258,3 @@ def test_packed_images_restart(case: Case, subject: Subject, measured: Measured)
     row = tolerance("gradients/accumulated", subject.model_spec.traits)
     assert_close_step(case.id, got, want, row, measured)
     assert_reach(case, subject.model(), whole, measured, ("sliding_attention", "full_attention"))
-
-

@@ -18,9 +18,12 @@ def _part(name: str) -> Any:
     return import_module(f"{_ROOT}.{name}")
 
 
-def _parallel_probe() -> str | None:
-    return None
-
+# The contract's options under the names of the specification.
+_WISHES = {
+    "lora_targets": "lora_target_modules",
+    "modules_to_save": "lora_modules_to_save",
+    "use_rslora": "peft_use_rslora",
+}
 
 FSDP1_ADAPTERS = Exclusion(
     "FSDP1 keeps gradient storage for nearly the whole flat parameter, frozen weights included"
@@ -59,7 +62,8 @@ class Reference:
 
     def plan(self, config: Any, setting: Any, strategy: str, **options: Any) -> Any:
         """Every decision with its reason."""
-        return _part("plan").plan(config, setting, strategy, **options)
+        wishes = {_WISHES.get(name, name): value for name, value in options.items()}
+        return _part("plan").plan(config, setting, strategy, **wishes)
 
     def build(self, path: Path, plan: Any, mesh: Any = None) -> Any:
         """The model of a checkpoint directory."""

@@ -41,7 +41,19 @@ class StockTransformers:
 
     name = "transformers"
     capabilities = (
-        Capability("plan"),
+        Capability(
+            "plan",
+            excludes=(
+                Exclusion(
+                    "the stock stack has no switch that freezes towers; a user sets requires_grad",
+                    checks=frozenset({"V06", "V12", "X13"}),
+                ),
+                Exclusion(
+                    "the stock stack decides nothing by itself: its defaults are the plan",
+                    checks=frozenset({"X06", "X08", "X10"}),
+                ),
+            ),
+        ),
         Capability("build"),
         Capability(
             "prepare",
