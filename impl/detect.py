@@ -1,4 +1,6 @@
-"""A model config → `Traits`: facts by what the config and its class say, never by a family's name."""
+"""A model config → `Traits`: facts by what the config and its class say, never by a family's
+name.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Facts that only the class that is loaded can tell, read from an instance on the meta device.
 
-An instance of the real size costs some hundredths of a second and no memory, since no weight exists.
+An instance of the real size costs some hundredths of a second and no memory, since no weight
+exists.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ def meta_model(config: Any, auto_class: str) -> nn.Module:
 
 
 def class_facts(config: Any, auto_class: str, layers: int) -> tuple[ClassFacts, str]:
-    """The facts of the class that `auto_class` gives for a config with `layers` decoder layers, and a
-    note ("" when there is nothing to say).
+    """The facts of the class that `auto_class` gives for a config with `layers` decoder layers, and
+    a note ("" when there is nothing to say).
 
     When a tower needs a library that is not installed, the text part alone is built, the paths are
     those of a multimodal wrapper, and the note says so. Raises ConfigError, one line, when the
@@ -120,7 +121,9 @@ def _inner_class(config: Any, cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def _reads(cls: type[nn.Module], argument: str) -> bool:
-    """Whether `forward` does anything with an argument (gemma3n accepts type ids and ignores them)."""
+    """Whether `forward` does anything with an argument (gemma3n accepts type ids and ignores
+    them).
+    """
     code = dis.get_instructions(inspect.unwrap(cls.forward))
     return any(step.argval == argument and "LOAD" in step.opname for step in code)
 
@@ -165,8 +168,8 @@ def _facts(model: Any, auto_class: str, layers: int) -> ClassFacts:
 
 
 def find_layers(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
-    """The path and the list of the decoder layers: the module list of `count` items beside the input
-    embedding, otherwise the largest one of that length. ConfigError if there is none."""
+    """The path and the list of the decoder layers: the module list of `count` items beside the
+    input embedding, otherwise the largest one of that length. ConfigError if there is none."""
     lists = {
         name: module
         for name, module in model.named_modules()
@@ -204,8 +207,8 @@ def _has(layer: nn.Module, leaf: str) -> bool:
 
 
 def _recurrent(stack: nn.ModuleList) -> tuple[tuple[int, ...], str, nn.Module | None]:
-    """Layers that carry a state along the sequence (a convolution or a decay), and the module of the
-    first one that does, with its path in the layer."""
+    """Layers that carry a state along the sequence (a convolution or a decay), and the module of
+    the first one that does, with its path in the layer."""
     found, where, state = [], "", None
     for index, layer in enumerate(stack):
         convolutions = [n for n, m in layer.named_modules() if isinstance(m, nn.Conv1d)]

@@ -40,8 +40,8 @@ _BARE = ("fc1", "fc2", "dense_h_to_4h", "dense_4h_to_h")
 
 @dataclass(frozen=True)
 class Targets:
-    """modules: full names of the linear layers to adapt, as PEFT must be given them. parameters: full
-    names of 3-D expert weights. excluded: a name (or a pattern of names) → why it is left out.
+    """modules: full names of the linear layers to adapt, as PEFT must be given them. parameters:
+    full names of 3-D expert weights. excluded: a name (or a pattern of names) → why it is left out.
     warnings: where the outcome is not what the words of the specification suggest."""
 
     modules: tuple[str, ...] = ()
@@ -76,7 +76,8 @@ def default_regex(traits: Traits) -> tuple[str, dict[str, str]]:
     leaves out with the reason.
 
     Exactly the specification's where the model has only those projections; otherwise the same form
-    over the projections that the model has. Without a class: the specification's form on `model.layers`.
+    over the projections that the model has. Without a class: the specification's form on
+    `model.layers`.
     """
     head = rf"{traits.layers}.[\d]+.({WRAPPER})?"
     if traits.cls is None:
@@ -116,10 +117,10 @@ def resolve(
 ) -> Targets:
     """The explicit targets of a LoRA specification on a model (a meta-device one will do).
 
-    spec: a PEFT regex, "all-linear", "routed experts", or a list of names and suffixes that may hold
-    "routed experts". Everything is restricted to the language model unless `towers`, where linear
-    wrappers that PEFT does not know are redirected to the linear layer inside (L6). Weights that the
-    forward reads past are excluded. Raises Refused when nothing is left to adapt.
+    spec: a PEFT regex, "all-linear", "routed experts", or a list of names and suffixes that may
+    hold "routed experts". Everything is restricted to the language model unless `towers`, where
+    linear wrappers that PEFT does not know are redirected to the linear layer inside (L6). Weights
+    that the forward reads past are excluded. Raises Refused when nothing is left to adapt.
     """
     if traits is None:
         from .detect import detect
@@ -173,7 +174,9 @@ def _is_linear(module: nn.Module) -> bool:
 def _matches(
     names: list[str], is_regex: bool, name: str, module: nn.Module, model: nn.Module
 ) -> bool:
-    """Whether the specification names a linear layer; a wrapper's name means the layer inside it."""
+    """Whether the specification names a linear layer; a wrapper's name means the layer inside
+    it.
+    """
     if ALL_LINEAR in names:
         find = getattr(model, "get_output_embeddings", None)
         return not (find and find() is module)
@@ -214,16 +217,16 @@ def _expert_modules(model: nn.Module, experts: ExpertFacts) -> list[str]:
 def _by_leaf(
     names: list[str], found: list[str], model: nn.Module, traits: Traits, warnings: list[str]
 ) -> list[str]:
-    """Expert weights meant by leaf names such as `w1` where no linear layer has that name; a warning
-    where one has, since then the routed experts stay frozen."""
+    """Expert weights meant by leaf names such as `w1` where no linear layer has that name; a
+    warning where one has, since then the routed experts stay frozen."""
     leaves = [n.rpartition(".")[2] for n in names if n.rpartition(".")[2] in EXPERT_LEAVES]
     taken = {leaf for leaf in leaves if any(f.rpartition(".")[2] == leaf for f in found)}
     meant = {EXPERT_LEAVES[leaf] for leaf in leaves if leaf not in taken}
     if taken:
         first = next(f for f in found if f.rpartition(".")[2] in taken)
         warnings.append(
-            f"{', '.join(sorted(taken))} adapts {re.sub(r'[.][0-9]+[.]', '.*.', first)} and the like;"
-            f" no routed expert carries that name: add {ROUTED_EXPERTS!r} to adapt them (L5)"
+            f"{', '.join(sorted(taken))} adapts {re.sub(r'[.][0-9]+[.]', '.*.', first)} and the"
+            f" like; no routed expert carries that name: add {ROUTED_EXPERTS!r} to adapt them (L5)"
         )
     if not meant or taken:
         return []

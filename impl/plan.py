@@ -21,9 +21,10 @@ def plan(config: Any, setting: SettingLike, strategy: Any, **overrides: Any) -> 
     """What a user would write to train this model so, each value with its reason.
 
     config: as for `detect`. setting: any object with the attributes of `SettingLike`. strategy: a
-    strategy's name, or an object with `.name` and `.ranks`. overrides: wishes by the specification's
-    names (`plan_draft.WISHES`); what cannot be granted is refused or changed with a warning.
-    Raises Refused for what would train wrongly, ConfigError for a config or option that makes no sense.
+    strategy's name, or an object with `.name` and `.ranks`. overrides: wishes by the
+    specification's names (`plan_draft.WISHES`); what cannot be granted is refused or changed with a
+    warning. Raises Refused for what would train wrongly, ConfigError for a config or option that
+    makes no sense.
     """
     wishes = check_wishes(overrides)
     name = getattr(strategy, "name", strategy)

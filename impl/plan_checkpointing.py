@@ -17,8 +17,10 @@ def decide_offload(draft: Draft) -> bool | str | None:
     mode = OFFLOAD.get(draft.setting.offload, draft.setting.offload)
     mode = draft.wish("activation_offloading", mode)
     if mode not in (None, *MODES):
-        raise ConfigError(f"activation_offloading is {mode!r}; it is one of true, false, legacy, disk"
-                          ", hidden_states")  # fmt: skip
+        raise ConfigError(
+            f"activation_offloading is {mode!r}; it is one of true, false, legacy, disk,"
+            " hidden_states"
+        )
     if not mode:
         draft.decide(
             "activation_offloading", False, "not asked for; activations stay on the device"
@@ -47,8 +49,8 @@ def decide_checkpointing(draft: Draft, offload: bool | str | None) -> Mapping[st
     if offload == "hidden_states":
         if reentrant and draft.traits.kv_sharing:
             raise Refused(
-                "activation_offloading: hidden_states with use_reentrant: true: layers that share keys"
-                " and values would get wrong gradients (L1); use use_reentrant: false"
+                "activation_offloading: hidden_states with use_reentrant: true: layers that share"
+                " keys and values would get wrong gradients (L1); use use_reentrant: false"
             )
         if not on:
             draft.warn("activation_offloading: hidden_states recomputes, so checkpointing is on")
@@ -90,15 +92,16 @@ def _why_not_reentrant(draft: Draft, offload: bool | str | None) -> tuple[str, s
     if traits.kv_sharing:
         first = min(traits.kv_source)
         return (
-            f"layers from {first} on reuse keys and values of earlier layers: reentrant checkpointing"
-            " detaches them and gives wrong gradients with the right loss, on one device too (L1)"
+            f"layers from {first} on reuse keys and values of earlier layers: reentrant"
+            " checkpointing detaches them and gives wrong gradients with the right loss, on one"
+            " device too (L1)"
         ), "reentrant"
     if offload == "hidden_states":
         return "layer inputs are offloaded through the non-reentrant form only", None
     if draft.find_unused:
         return (
-            "DDP looks for unused parameters, and with reentrant checkpointing it fails: 'Expected to"
-            " mark a variable ready only once' (parallel.md §3)"
+            "DDP looks for unused parameters, and with reentrant checkpointing it fails: 'Expected"
+            " to mark a variable ready only once' (parallel.md §3)"
         ), "reentrant"
     if traits.multimodal:
         return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .errors import Refused
 from .plan_draft import Draft
 
-# Names of axolotl's chat templates that are also a model line; any other model uses its tokenizer's.
+# Names of axolotl's chat templates that are also a model line; others use their tokenizer's.
 TEMPLATES = (
     "gemma4_unified",
     "gemma4",
@@ -85,8 +85,8 @@ def _packing(draft: Draft) -> bool:
     attention = draft.wish("attn_implementation", "")
     if traits.multimodal and attention.startswith("flash"):
         raise Refused(
-            f"sample_packing with {attention} on a multimodal class: its position ids are not 2-D, so"
-            " packed documents are not isolated (families.md §8); use sdpa or eager"
+            f"sample_packing with {attention} on a multimodal class: its position ids are not 2-D,"
+            " so packed documents are not isolated (families.md §8); use sdpa or eager"
         )
     why, deviation = _isolation(draft)
     if traits.multimodal:
@@ -103,8 +103,8 @@ def _isolation(draft: Draft) -> tuple[str, str | None]:
         return "position ids restart and the attention mask is dropped", "packing-mask"
     if traits.cls is None or not traits.cls.delta_rule:
         raise Refused(
-            f"sample_packing on {traits.model_type}: {len(traits.linear_layers)} layers carry a state"
-            " along the row, and no document-aware form of theirs is known; train unpacked"
+            f"sample_packing on {traits.model_type}: {len(traits.linear_layers)} layers carry a"
+            " state along the row, and no document-aware form of theirs is known; train unpacked"
         )
     return (
         f"position ids restart, the mask is dropped, and the {len(traits.linear_layers)} recurrent"

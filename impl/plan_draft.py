@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import ConfigError
-from .traits import Traits
 from .training_plan import Decision, SettingLike
+from .traits import Traits
 
 # How many ranks a strategy has unless `ranks` says otherwise.
 RANKS = {

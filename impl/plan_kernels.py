@@ -67,8 +67,8 @@ def _exclusions(draft: Draft) -> None:
         read = experts.activation if experts.activation_key == "hidden_act" else "silu"
         if read != experts.activation or read not in ("silu", "gelu", "relu"):
             raise Refused(
-                f"sonicmoe reads `hidden_act`, which this config lacks, and would run {read} instead"
-                f" of {experts.activation} (L15); use scattermoe or grouped_mm"
+                f"sonicmoe reads `hidden_act`, which this config lacks, and would run {read}"
+                f" instead of {experts.activation} (L15); use scattermoe or grouped_mm"
                 if read != experts.activation
                 else f"sonicmoe knows silu, gelu and relu, not {experts.activation} (L15)"
             )

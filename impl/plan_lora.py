@@ -8,8 +8,8 @@ from typing import Any
 from .errors import ConfigError, Refused
 from .lora_targets import ROUTED_EXPERTS, default_regex
 from .plan_draft import Draft
-from .traits import Traits
 from .training_plan import LoraPlan
+from .traits import Traits
 
 # Rank of real models, and of those so narrow that it would exceed their projections.
 RANK, TINY_RANK, TINY_WIDTH = 16, 4, 256
@@ -74,8 +74,8 @@ def _four_bit(draft: Draft) -> None:
     if experts and experts.parameters:
         reason += "; the fused expert weights are no linear layers and stay as they are"
         draft.warn(
-            f"load_in_4bit leaves the {len(experts.layers)} layers' expert weights unquantised: they"
-            " are 3-D parameters, and bitsandbytes replaces linear layers only"
+            f"load_in_4bit leaves the {len(experts.layers)} layers' expert weights unquantised:"
+            " they are 3-D parameters, and bitsandbytes replaces linear layers only"
         )
     draft.decide("load_in_4bit", True, reason)
 

@@ -9,15 +9,17 @@ CUT_CROSS_ENTROPY = "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugi
 
 
 def decide_auxiliary_loss(draft: Draft) -> bool:
-    """`output_router_logits`: only where the class turns it into a loss (L10); Refused elsewhere."""
+    """`output_router_logits`: only where the class turns it into a loss (L10); Refused
+    elsewhere.
+    """
     experts, asked = draft.traits.experts, draft.wish("auxiliary_loss")
     available = experts is not None and experts.auxiliary_loss
     if asked and experts is None:
         raise Refused(f"auxiliary_loss: {draft.traits.model_type} has no experts to balance")
     if asked and not available:
         raise Refused(
-            f"auxiliary_loss: {draft.traits.model_type} has no load-balancing loss; its router logits"
-            " are probabilities or are not returned (L10), so asking for it would do nothing"
+            f"auxiliary_loss: {draft.traits.model_type} has no load-balancing loss; its router"
+            " logits are probabilities or are not returned (L10), so asking for it would do nothing"
         )
     wanted = bool(draft.traits.wants_auxiliary_loss if asked is None else asked)
     if wanted and not available:

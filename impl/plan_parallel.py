@@ -41,8 +41,8 @@ def decide_ddp(draft: Draft) -> bool:
     because = "; ".join(unused)
     if unused and asked is False:
         raise Refused(
-            f"ddp_find_unused_parameters: false, but {because}: DDP would stop with 'Expected to have"
-            " finished reduction'; set it to true or freeze_mm_modules: true"
+            f"ddp_find_unused_parameters: false, but {because}: DDP would stop with 'Expected to"
+            " have finished reduction'; set it to true or freeze_mm_modules: true"
         )
     if draft.setting.offload != "off" or draft.wish("activation_offloading"):
         return _ddp_with_offload(draft, because, bool(asked))
@@ -51,8 +51,8 @@ def decide_ddp(draft: Draft) -> bool:
     elif draft.traits.multimodal:
         value, row = True, "find-unused"
         why = (
-            "the specification's value for multimodal models; cautious, since all else is frozen: the"
-            " cost is one walk over the graph a step"
+            "the specification's value for multimodal models; cautious, since all else is frozen:"
+            " the cost is one walk over the graph a step"
         )
     else:
         value, why, row = False, "every trainable parameter gets a gradient in every step", None
@@ -65,8 +65,8 @@ def decide_ddp(draft: Draft) -> bool:
 def _ddp_with_offload(draft: Draft, unused: str, asked: bool) -> bool:
     if unused:
         raise Refused(
-            f"activation offloading under DDP, but {unused}: looking for unused parameters conflicts"
-            " with offload wrappers, and not looking fails; set freeze_mm_modules: true"
+            f"activation offloading under DDP, but {unused}: looking for unused parameters"
+            " conflicts with offload wrappers, and not looking fails; set freeze_mm_modules: true"
         )
     if asked:
         draft.warn(
@@ -112,8 +112,8 @@ def _units(draft: Draft) -> tuple[str, ...]:
         if asked:
             return (asked,)
         raise Refused(
-            f"{draft.strategy}: the class of {traits.model_type!r} is unknown, and so is its decoder"
-            " layer; name it in fsdp_transformer_layer_cls_to_wrap"
+            f"{draft.strategy}: the class of {traits.model_type!r} is unknown, and so is its"
+            " decoder layer; name it in fsdp_transformer_layer_cls_to_wrap"
         )
     built = traits.cls.layer_classes
     if asked is None:
@@ -153,7 +153,8 @@ def _fsdp1_bytes(draft: Draft, lora: LoraPlan) -> str:
 
 
 def decide_model_parallel(draft: Draft) -> None:
-    """Tensor, expert, context and data sizes (axolotl's keys), checked against the model's own plan.
+    """Tensor, expert, context and data sizes (axolotl's keys), checked against the model's own
+    plan.
 
     Refused: experts asked of a dense model, heads or experts that do not divide, a missing plan.
     """
@@ -219,4 +220,4 @@ def _check_expert_parallel(draft: Draft) -> None:
 def _dense_in_ep(draft: Draft) -> bool:
     """Whether the class's expert plan also shards modules that are no experts (L9)."""
     cls = draft.traits.cls
-    return bool(cls) and any("experts" not in key for key in cls.ep_plan)  # type: ignore[union-attr]
+    return cls is not None and any("experts" not in key for key in cls.ep_plan)

@@ -17,12 +17,13 @@ class ExpertFacts:
 
     num: experts E. top_k: experts a token. width: intermediate size I of one expert (0: unknown).
     layers: indices of the layers that have experts. path: the experts module inside a decoder layer
-    (`mlp.experts`, `experts`). parameters: names of its 3-D weights, empty if every expert is a module.
-    layout: "fused" (E, 2I, H) and (E, H, I), "transposed" (E, H, 2I), "modules", or "unknown" (no class).
-    interleaved: gate and up rows alternate. bias, gated: of an expert. activation: its name;
-    activation_key: the config field that holds it. router: the router inside a decoder layer.
-    shared: a shared expert beside the routed ones. in_layer: the experts hang on the decoder layer
-    itself, beside a dense MLP. auxiliary_loss: the class can add a load-balancing loss.
+    (`mlp.experts`, `experts`). parameters: names of its 3-D weights, empty if every expert is a
+    module. layout: "fused" (E, 2I, H) and (E, H, I), "transposed" (E, H, 2I), "modules", or
+    "unknown" (no class). interleaved: gate and up rows alternate. bias, gated: of an expert.
+    activation: its name; activation_key: the config field that holds it. router: the router inside
+    a decoder layer. shared: a shared expert beside the routed ones. in_layer: the experts hang on
+    the decoder layer itself, beside a dense MLP. auxiliary_loss: the class can add a load-balancing
+    loss.
     """
 
     num: int
@@ -68,14 +69,15 @@ class ClassFacts:
 
     name: class. auto_class: the auto class that gives it. layers: path of the decoder layers.
     layer_classes: their classes. components: path components beside the language model.
-    linears: of the decoder layers. model_linears: of the language model outside its layers, by path.
-    wrapped: classes of linear wrappers in the towers, which PEFT does not know. forward: argument
-    names of `forward`. recurrent: layers with a state along the sequence, recurrent_path its module in the
-    layer, delta_rule whether that is a gated delta rule, recurrent_heads its per-head decays.
-    keyless: layers that have queries but no keys of their own. reads_type_ids: the inner model uses `token_type_ids`. lm_head: whether the head is a plain linear layer without bias.
-    accepts_loss_kwargs: the class attribute (None: unset). tp_plan, ep_plan: keys of the plans.
-    numel: parameters; layer_numel: those of the largest decoder layer. complete: False when the class
-    could not be instantiated and these facts come from its text part.
+    linears: of the decoder layers. model_linears: of the language model outside its layers, by
+    path. wrapped: classes of linear wrappers in the towers, which PEFT does not know. forward:
+    argument names of `forward`. recurrent: layers with a state along the sequence, recurrent_path
+    its module in the layer, delta_rule whether that is a gated delta rule, recurrent_heads its
+    per-head decays. keyless: layers that have queries but no keys of their own. reads_type_ids: the
+    inner model uses `token_type_ids`. lm_head: whether the head is a plain linear layer without
+    bias. accepts_loss_kwargs: the class attribute (None: unset). tp_plan, ep_plan: keys of the
+    plans. numel: parameters; layer_numel: those of the largest decoder layer. complete: False when
+    the class could not be instantiated and these facts come from its text part.
     """
 
     name: str
@@ -110,13 +112,13 @@ class ClassFacts:
 class Traits:
     """The facts of a model on which every decision rests.
 
-    model_type: as the config says. known: the installed transformers has a class (else `cls` is None
-    and every fact comes from the config's fields). layer_types: one a layer. window: of the sliding
-    layers, or None. kv_source: consumer layer → producer layer of shared keys and values.
-    bidirectional: "" or which layers attend to an image block in both directions ("all", "sliding").
-    per_layer_inputs: their width, 0 for none. kv_heads: every number of key/value heads that occurs.
-    logit_scale: the config field that scales the logits, if any. type_ids: the forward argument that
-    marks image tokens, if any. notes: what could not be found out, and why.
+    model_type: as the config says. known: the installed transformers has a class (else `cls` is
+    None and every fact comes from the config's fields). layer_types: one a layer. window: of the
+    sliding layers, or None. kv_source: consumer layer → producer layer of shared keys and values.
+    bidirectional: "" or the layers that see image blocks both ways ("all", "sliding").
+    per_layer_inputs: their width, 0 for none. kv_heads: every number of key/value heads that
+    occurs. logit_scale: the config field that scales the logits, if any. type_ids: the forward
+    argument that marks image tokens, if any. notes: what could not be found out, and why.
     """
 
     model_type: str
