@@ -128,5 +128,7 @@ def _offload(model: nn.Module, plan: TrainingPlan, state: Prepared) -> None:
     try:
         module = import_module(f"{__package__}.activation_offload")
     except ImportError as error:
-        raise Refused(f"activation_offloading={plan.offload!r} is not available: {error}") from error
+        raise Refused(
+            f"activation_offloading={plan.offload!r} is not available: {error}"
+        ) from error
     state.undo.append(module.enable(model, plan.offload))
