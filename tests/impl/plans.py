@@ -10,7 +10,9 @@ from conformance.families import MODELS
 from conformance.settings import Setting
 from impl.training_plan import LoraPlan, TrainingPlan
 
-LORA = LoraPlan(target_modules=r".*layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj")
+LORA = LoraPlan(
+    target_modules=r"model\.(language_model\.)?layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
+)
 EXPERTS = LoraPlan(
     target_modules=None, target_parameters=("experts.gate_up_proj", "experts.down_proj")
 )
