@@ -16,6 +16,8 @@ from impl.parallel_plan import ParallelPlan
 from tests import tiny_models
 
 Evidence = dict[str, Any]
+EPSILON = 1e-6
+"""Of AdamW: an element whose gradient is the noise of float32 islands (1e-9) must not move at full rate."""
 
 
 def mesh_of(strategy: str, world: int) -> Any:
@@ -61,7 +63,7 @@ def measure(model: Any, batch: dict[str, torch.Tensor], plan: ParallelPlan, mesh
     }
     norm = parallel.clip_grad_norm(model, 1e9, plan)
     evidence["norm"] = norm
-    torch.optim.AdamW(model.parameters(), lr=1e-2).step()
+    torch.optim.AdamW(model.parameters(), lr=1e-2, eps=EPSILON).step()
     evidence["parameters"] = parallel.full_parameters(model)
     return evidence
 
@@ -94,21 +96,37 @@ def step(
     return measure(model, batch, plan, mesh)
 
 
-def sharded_step(
-    context: RankContext, name: str, strategy: str, options: dict[str, Any], batch: dict[str, torch.Tensor]
-) -> Evidence:
-    """One step under a strategy that shards while loading."""
-    path = Path(context.scratch) / "checkpoint"
-    oracle = tiny_models.build(name)
-    if context.rank == 0:
-        oracle.save_pretrained(path)
-    dist.barrier()
-    wrap = (tiny_models.wrap_class(name),)
-    plan = ParallelPlan.of(strategy, wrap, context.world_size)
+def checkpoint(name: str, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a tiny model to a directory."""
+    tiny_models.build(name, dtype).save_pretrained(path)
+
+
+def loaded(name: str, path: Path, options: dict[str, Any], plan: ParallelPlan) -> Any:
+    """The checkpoint's model, sharded if the plan says so, with the adapter asked for."""
     extra = {k: options[k] for k in ("dtype", "experts_implementation") if k in options}
-    model = parallel_tensor.load_sharded(type(oracle), path, plan, **extra).train()
+    model_class = type(tiny_models.build(name))
+    if plan.strategy == "single":
+        model = model_class.from_pretrained(path, **extra)
+    else:
+        model = parallel_tensor.load_sharded(model_class, path, plan, **extra)
+    model.train()
     if options.get("lora"):
         model = tiny_models.lora(model, options["lora"], options.get("lora_parameters"))
-    evidence = measure(parallel.parallelize(model, plan), batch, plan, None)
+    return parallel.parallelize(model, plan)
+
+
+def loaded_single(name: str, path: Path, options: dict[str, Any], batch: dict[str, torch.Tensor]) -> Evidence:
+    """The oracle of a strategy that shards while loading: the same checkpoint in one process."""
+    plan = ParallelPlan("single")
+    return measure(loaded(name, path, options, plan), batch, plan, None)
+
+
+def sharded_step(
+    context: RankContext, name: str, strategy: str, path: Path, options: dict[str, Any], batch: dict[str, torch.Tensor]
+) -> Evidence:
+    """One step under a strategy that shards while loading."""
+    plan = ParallelPlan.of(strategy, (tiny_models.wrap_class(name),), context.world_size)
+    model = loaded(name, path, options, plan)
+    evidence = measure(model, batch, plan, None)
     evidence["experts"] = parallel_tensor.local_expert_counts(model)
     return evidence

@@ -9,6 +9,7 @@ import zlib
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 SHARED = {
     "vocab_size": 97,
@@ -208,5 +209,8 @@ def lora(model: Any, targets: list[str], parameters: list[str] | None = None) ->
         for key, tensor in adapted.named_parameters():
             if ".lora_" in key:
                 generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
+                noise = torch.randn(tensor.shape, generator=generator) * 0.1
+                if isinstance(tensor, DTensor):
+                    noise = distribute_tensor(noise, tensor.device_mesh, tensor.placements)
+                tensor.copy_(noise)
     return adapted
