@@ -1,0 +1,1 @@
+"""Kernels of the reference: experts with LoRA, linear cross-entropy, gated delta rule."""
