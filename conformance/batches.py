@@ -31,11 +31,11 @@ FIRST_TEXT_ID = 3  # 0, 1 and 2 are padding, end and begin
 # kind -> lengths and images of the samples, repeated as often as needed
 _LENGTHS: dict[str, tuple[int, ...]] = {
     "text": (SHORT,),
-    "padded": (SHORT, LONG, 17, 11),
+    "padded": (SHORT, LONG, 16, 11),
     "packed": (10, 14, 7, 12),
     "images": (LONG,),
-    "mixed": (SHORT, LONG, 17, LONG),
-    "audio": (SHORT,),
+    "mixed": (SHORT, LONG, 16, LONG),
+    "audio": (SHORT, 14, 16, SHORT),
 }
 _IMAGES: dict[str, tuple[int, ...]] = {"images": (1, 2, 0), "mixed": (1, 0, 0, 2)}
 _TYPE_IDS = ("mm_token_type_ids", "token_type_ids")
@@ -115,7 +115,7 @@ def _sample(model: Model, kind: str, seed: int, index: int, length: int, images:
         is_image[at + 1 : stop - 1] = audio is None
         at = stop + 2
     labels = ids.masked_fill(is_media, IGNORE)
-    labels[: (1 + 3 * index) % (length // 2)] = IGNORE  # a prompt of its own length
+    labels[: (1 + 2 * index) % (length // 2 + 2)] = IGNORE  # a prompt of its own length
     sample: Sample = {"input_ids": ids, "labels": labels}
     if model.images is not None and images:
         sample |= _image_features(model.images, images, rng)

@@ -220,6 +220,13 @@ def _die_with_parent(context: RankContext) -> None:
         os.killpg(0, signal.SIGKILL)
 
 
+def _quiet_progress_bars() -> None:
+    """A progress bar makes a named semaphore, which a process that leaves by `_exit` would leave behind."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.set_lock(threading.RLock())
+
+
 def rank_main(connection: Connection, start: Start) -> None:
     """Life of a forked rank: hello, run, report, wait for the parent's release, leave.
 
@@ -237,6 +244,7 @@ def rank_main(connection: Connection, start: Start) -> None:
         os._exit(1)
     torch.set_num_threads(1)
     seed_everything(start.seed)
+    _quiet_progress_bars()
     context = start.context
     try:
         store = FileStore(str(context.scratch / "store"), context.world_size)

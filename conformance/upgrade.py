@@ -22,7 +22,9 @@ from conformance.environments import (
     releases_between,
     resolve,
 )
-from conformance.report import Report
+from conformance.errors import InputError
+from conformance.report import Report, write
+from conformance.schema_snapshot import committed_difference
 from conformance.suite_run import Run, Selection, start, stop_all
 
 Say = Callable[[str], None]
@@ -30,7 +32,8 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Request:
-    """An upgrade to judge. before, after: texts of `NAME==VERSION`; jobs: runs at once."""
+    """An upgrade to judge. before, after: texts of `NAME==VERSION`; jobs: runs at once; root: the cache;
+    keep: a folder to write both reports into."""
 
     before: tuple[str, ...]
     after: tuple[str, ...]
@@ -39,6 +42,7 @@ class Request:
     full_environment: bool = False
     jobs: int = 0
     root: Path | None = None
+    keep: Path | None = None
 
 
 class Upgrade:
@@ -64,10 +68,23 @@ class Upgrade:
         before, after = self.run(
             list(zip(environments, labels, strict=True)), self.request.selection
         )
-        found = compare(before, after, read_annotations())
+        if self.request.keep:
+            self.keep(before, after)
+        found = compare(before, after, read_annotations(), committed_difference(before, after))
         if not found.exit or old == new:
             return found
         return replace(found, attribution=self.attribute(found, old, new))
+
+    def keep(self, before: Report, after: Report) -> None:
+        """Write both reports where the user wants them."""
+        folder = self.request.keep
+        assert folder is not None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--keep {folder}: {error.strerror}") from error
+        write(before, folder / "before.json")
+        write(after, folder / "after.json")
 
     def build(self, layer: Pins, pins: Pins) -> Environment:
         """The environment of a side."""

@@ -176,7 +176,7 @@ def _norm_base(module: nn.Module) -> float:
             ones[..., ::2] = 2.0  # not constant: a layer norm would give zero in any case
             try:
                 out = probe(ones)
-            except TypeError:  # a gated norm takes the gate as well
+            except (TypeError, AttributeError):  # a gated norm takes the gate as well
                 out = probe(ones, ones)
         _norm_bases[kind] = float(not out.any())
     return _norm_bases[kind]

@@ -18,7 +18,9 @@ from .model_facts import expert_modules, unwrap
 from .training_plan import LoraPlan, TrainingPlan
 
 ADAPTER = "default"
-_EXPERT_LEAVES = re.compile(r"gate_up_proj|gate_proj|up_proj|down_proj|\bgate\b|\bup\b|\bdown\b|w[123]")
+_EXPERT_LEAVES = re.compile(
+    r"gate_up_proj|gate_proj|up_proj|down_proj|\bgate\b|\bup\b|\bdown\b|w[123]"
+)
 
 
 def matched_modules(model: nn.Module, pattern: str | None) -> list[str]:
@@ -166,7 +168,9 @@ def start_by_name(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if ".lora_A." not in name or parameter.is_meta:
             continue
-        plain = re.sub(r"\b(base_model|model|language_model|_checkpoint_wrapped_module)\.", "", name)
+        plain = re.sub(
+            r"\b(base_model|model|language_model|_checkpoint_wrapped_module)\.", "", name
+        )
         seed = int.from_bytes(hashlib.sha256(plain.encode()).digest()[:7], "big")
         draw = torch.Generator().manual_seed(seed)
         bound = 1 / math.sqrt(parameter.shape[-1])

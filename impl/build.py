@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from .errors import ConfigError, Refused
-from .patches.expert_parallel_plan import apply_to_config
 from .prepare import STOCK_EXPERTS
 from .training_plan import TrainingPlan
 
@@ -28,7 +27,7 @@ def build(path: Path | str, plan: TrainingPlan, mesh: Any = None) -> nn.Module:
     config, cls = _config_and_class(Path(path))
     kwargs: dict[str, Any] = {"dtype": getattr(torch, plan.dtype), "config": config}
     if plan.attn_implementation:
-        kwargs["attn_implementation"] = plan.attn_implementation
+        kwargs["attn_implementation"] = _attention(config, plan.attn_implementation)
     experts = _experts(plan)
     if experts:
         kwargs["experts_implementation"] = experts
@@ -39,6 +38,13 @@ def build(path: Path | str, plan: TrainingPlan, mesh: Any = None) -> nn.Module:
     if mesh is not None:
         return _sharded(cls, Path(path), plan, kwargs)
     return load_loudly(cls, Path(path), kwargs)
+
+
+def _attention(config: Any, wanted: str) -> str | dict[str, str]:
+    """Per part where one part has no such form: the audio tower of gemma4 is eager only."""
+    if wanted == "eager" or getattr(config, "audio_config", None) is None:
+        return wanted
+    return {"": wanted, "audio_config": "eager"}
 
 
 def load_loudly(cls: Any, path: Path, kwargs: dict[str, Any]) -> nn.Module:
@@ -79,46 +85,13 @@ def _experts(plan: TrainingPlan) -> str | None:
 
 
 def _sharded(cls: Any, path: Path, plan: TrainingPlan, kwargs: dict[str, Any]) -> nn.Module:
-    """Tensor or expert parallel, sharded by transformers while it loads (parallel.md §9)."""
-    try:
-        from transformers import DistributedConfig
-    except ImportError as error:
-        raise Refused(f"{plan.strategy}: this transformers has no DistributedConfig") from error
+    """Tensor or expert parallel, sharded by transformers while it loads."""
     import torch.distributed as dist
 
-    ranks = dist.get_world_size()
-    forms: dict[str, dict[str, Any]] = {
-        "tp": {"tp_size": ranks, "tp_plan": "auto"},
-        "tp_ep": {"tp_size": ranks, "tp_plan": "auto", "ep_size": ranks},
-        "fsdp2_ep": {"fsdp_size": ranks, "ep_size": ranks, "ep_implementation": "all_to_all"},
-    }
-    if plan.strategy not in forms:
+    from .parallel_plan import SHARDED_WHILE_LOADING, ParallelPlan
+    from .parallel_tensor import load_sharded
+
+    if plan.strategy not in SHARDED_WHILE_LOADING:
         return load_loudly(cls, path, kwargs)
-    if plan.strategy == "fsdp2_ep":
-        apply_to_config(kwargs["config"])
-    try:
-        distributed = DistributedConfig(**forms[plan.strategy])
-    except TypeError as error:
-        raise Refused(f"{plan.strategy}: not in this transformers: {error}") from error
-    model = load_loudly(cls, path, {**kwargs, "distributed_config": distributed})
-    if "ep" in plan.strategy:
-        _assert_experts_local(model, ranks)
-    return model
-
-
-def _assert_experts_local(model: nn.Module, ranks: int) -> None:
-    """Expert parallel that was asked for holds E / ranks experts here (L8: it may do nothing)."""
-    from .model_facts import text_config
-
-    config = text_config(model)
-    total = next(
-        (getattr(config, n) for n in ("num_experts", "num_local_experts") if hasattr(config, n)), 0
-    )
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 3 and ".experts." in name:
-            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-            if total and local.shape[0] != total // ranks:
-                raise Refused(
-                    f"expert parallelism did not take effect: {name} holds {local.shape[0]} of"
-                    f" {total} experts on one of {ranks} ranks"
-                )
+    spread = ParallelPlan.of(plan.strategy, plan.wrap_classes, dist.get_world_size())
+    return load_sharded(cls, path, spread, **kwargs)

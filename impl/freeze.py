@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 
 
-def frozen_components(model: nn.Module, components: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
+def frozen_components(
+    model: nn.Module, components: Sequence[str]
+) -> Iterator[tuple[str, nn.Module]]:
     """The outermost modules whose path has one of the components (`vision_tower`, …)."""
     wanted, found = set(components), ""
     for name, module in model.named_modules():

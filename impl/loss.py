@@ -63,9 +63,7 @@ def summed(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> tup
     kept = targets != IGNORED
     rows = logits[kept]
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    total = F.cross_entropy(
-        rows, targets[kept], reduction="sum", label_smoothing=label_smoothing
-    )
+    total = F.cross_entropy(rows, targets[kept], reduction="sum", label_smoothing=label_smoothing)
     return total, kept.sum()
 
 
@@ -97,9 +95,7 @@ def _fused(
     count = (targets != IGNORED).sum()
     inputs.setdefault("use_cache", False)
     divisor = denominator(items, count, torch.zeros((), device=targets.device))
-    outputs = model(
-        **inputs, labels=targets, shift_labels=targets, num_items_in_batch=divisor
-    )
+    outputs = model(**inputs, labels=targets, shift_labels=targets, num_items_in_batch=divisor)
     result = outputs.loss
     assert isinstance(result, Tensor)
     return result

@@ -78,6 +78,8 @@ def parallelize(model: nn.Module, plan: ParallelPlan, mesh: Any = None) -> nn.Mo
         return model
     if plan.strategy in SHARDED_WHILE_LOADING:
         check_sharded(model, plan)
+        if plan.strategy == "fsdp2_ep":
+            parallel_data.average_replicated(model)
         return model
     if mesh is None:
         raise Refused(f"strategy {plan.strategy}: a device mesh is needed")

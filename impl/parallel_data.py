@@ -22,6 +22,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import Refused
@@ -208,6 +209,34 @@ def norm_over_shards(model: nn.Module, local: torch.Tensor) -> torch.Tensor:
     return squared.sqrt()
 
 
+class _Averaging:
+    """Averages the gradients of parameters that FSDP2 does not hold, such as adapters added after sharding."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.active = True
+        self.ranks = torch.distributed.get_world_size()
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self.average)
+
+    def average(self, parameter: torch.Tensor) -> None:
+        """After a backward: what was accumulated locally, averaged over all ranks."""
+        if self.active and parameter.grad is not None:
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad /= self.ranks
+
+
+def average_replicated(model: nn.Module) -> None:
+    """Make whole trainable parameters beside sharded ones train as in data parallel over all ranks.
+
+    Their values are broadcast from rank 0 first: each rank has initialised its own.
+    """
+    whole = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    for parameter in whole:
+        torch.distributed.broadcast(parameter.data, src=0)
+    if whole:
+        object.__setattr__(model, "replicated_averaging", _Averaging(whole))
+
+
 @contextlib.contextmanager
 def no_sync(model: nn.Module) -> Iterator[None]:
     """See `parallel.no_sync`."""
@@ -215,11 +244,18 @@ def no_sync(model: nn.Module) -> Iterator[None]:
         with model.no_sync():
             yield
         return
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            model.set_requires_gradient_sync(True)
-        return
-    yield
+    sharded = next((each for each in model.modules() if isinstance(each, FSDPModule)), None)
+    averaging: _Averaging | None = getattr(model, "replicated_averaging", None)
+    _reduce(sharded, averaging, False)
+    try:
+        yield
+    finally:
+        _reduce(sharded, averaging, True)
+
+
+def _reduce(sharded: FSDPModule | None, averaging: _Averaging | None, active: bool) -> None:
+    """Turn gradient reduction on or off."""
+    if sharded is not None:
+        sharded.set_requires_gradient_sync(active)
+    if averaging is not None:
+        averaging.active = active

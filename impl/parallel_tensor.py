@@ -7,9 +7,11 @@ never used, and the local shapes are checked after loading rather than the call 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -123,10 +125,47 @@ def load_sharded(
     model: nn.Module = model_class.from_pretrained(
         path, config=config, distributed_config=spread, **arguments
     )
+    if plan.strategy == "fsdp2_ep":
+        _mend_expert_division(model, plan)
     if dropped:  # or the trimmed plan would be written into the saved config
         del _text_config(model.config).base_model_ep_plan
     check_sharded(model, plan)
     return model
+
+
+def _mend_expert_division(model: nn.Module, plan: ParallelPlan) -> None:
+    """Make the expert gradients' divisor what transformers asked for, in float64 and float16 too.
+
+    For dtypes at risk of overflow torch (2.13) divides before the reduction and again after it; where the
+    experts' shard group has one rank it applies the factor in between as well, so that gradients are half of what
+    they should be on two ranks. Measured on a one-weight module, not assumed.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] != "experts" or not isinstance(module, FSDPModule):
+            continue
+        dtype = next(module.parameters()).dtype
+        mesh = model._mesh_manager.get_mesh("efsdp")  # type: ignore[union-attr, operator]
+        if mesh.size() > 1 or dtype not in (torch.float64, torch.float16):
+            return
+        factor = float(plan.data)
+        squared = _measured_divisor(mesh, dtype, 4.0) == 16.0
+        module.set_gradient_divide_factor(factor**0.5 if squared else factor)
+
+
+@functools.cache
+def _measured_divisor(mesh: Any, dtype: torch.dtype, factor: float) -> float:
+    """By what FSDP2 divides the gradient of a module whose divide factor is `factor`."""
+    from torch.distributed.fsdp import fully_shard
+
+    probe = nn.Linear(1, 1, bias=False, dtype=dtype, device=mesh.device_type)
+    fully_shard(probe, mesh=mesh)
+    probe.set_gradient_divide_factor(factor)  # type: ignore[operator]
+    probe(torch.ones(1, 1, dtype=dtype, device=mesh.device_type)).sum().backward()
+    gradient = probe.weight.grad
+    assert isinstance(gradient, DTensor)
+    return 1.0 / gradient.full_tensor().item()
 
 
 def local_expert_counts(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -140,10 +179,33 @@ def local_expert_counts(model: nn.Module) -> dict[str, tuple[int, int]]:
     return counts
 
 
+def refuse_adapters(model: nn.Module, plan: ParallelPlan) -> None:
+    """Refuse adapters that PEFT puts on sharded weights but that would fail or train wrongly.
+
+    Rowwise modules: PEFT shards A twice (shape error in the first forward). Stacked experts: PEFT adds the whole
+    adapter to a rank's part of the experts.
+    """
+    for name, module in model.named_modules():
+        if not hasattr(module, "lora_A"):
+            continue
+        base = module.get_base_layer() if hasattr(module, "get_base_layer") else None
+        where = name.removeprefix("base_model.model.")
+        if hasattr(module, "parameter_name"):
+            raise Refused(f"{plan.strategy}: an adapter on the experts {where}; use ddp, fsdp2 or cp")
+        if plan.tensor > 1 and getattr(base, "_hf_tp_plan", None) == "rowwise":
+            raise Refused(f"{plan.strategy}: an adapter on {where}, which is sharded by its input")
+
+
+def refuse_target_parameters(plan: ParallelPlan, target_parameters: tuple[str, ...]) -> None:
+    """The same for stacked experts before PEFT is asked, which would raise an AttributeError of its own."""
+    if target_parameters and plan.strategy in ("tp", "tp_ep", "fsdp2_ep"):
+        raise Refused(f"{plan.strategy}: adapters on expert weights are not possible; use ddp, fsdp2 or cp")
+
+
 def check_sharded(model: nn.Module, plan: ParallelPlan) -> None:
     """Refuse a model whose experts or weights are not spread as the plan says (X07): the request was ignored."""
-    sharded = [p for p in model.parameters() if isinstance(p, DTensor)]
-    if not sharded:
+    refuse_adapters(model, plan)
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise Refused(
             f"{plan.strategy}: no weight of the model is sharded; load it with parallel_tensor.load_sharded"
         )

@@ -12,7 +12,7 @@ from . import patches
 from .adapters import attach
 from .errors import Refused
 from .freeze import freeze
-from .model_facts import is_adapted, is_moe, unwrap
+from .model_facts import is_adapted, is_moe, text_config, unwrap
 from .prepared import Prepared, forget, remember, state_of
 from .training_plan import TrainingPlan
 
@@ -72,20 +72,47 @@ def _kernels(model: nn.Module, plan: TrainingPlan, state: Prepared) -> None:
     wanted = plan.experts_implementation
     if wanted is not None and is_moe(model):
         if wanted not in STOCK_EXPERTS:
-            enable = _kernel("experts_enable", "enable", f"experts_implementation={wanted!r}")
-            state.undo.append(enable(model))
-        elif hasattr(inner, "set_experts_implementation"):
+            state.undo.append(_register_experts(wanted))
+        if hasattr(inner, "set_experts_implementation"):
             _set_experts(inner, wanted, state)
     if plan.fused_loss:
-        enable = _kernel("cross_entropy_models", "enable", "the fused loss")
-        state.undo.append(enable(model))
+        try:
+            from .kernels import cross_entropy_models
+        except ImportError as error:
+            raise Refused(f"the fused loss is not available here: {error}") from error
+        state.undo.append(cross_entropy_models.enable(unwrap(model)))
         state.fused_loss = True
+
+
+_registered = 0
+
+
+def _register_experts(wanted: str) -> Callable[[], None]:
+    """Make our experts kernel known to transformers while any prepared model asks for it."""
+    global _registered
+    from .kernels import registration
+
+    if wanted != registration.NAME:
+        raise Refused(
+            f"experts_implementation={wanted!r} is not known; it is {registration.NAME!r} or one of"
+            f" {', '.join(STOCK_EXPERTS)}"
+        )
+    if _registered == 0 and registration.is_registered():
+        return lambda: None  # someone else's, and theirs to take back
+    registration.register()
+    _registered += 1
+
+    def undo() -> None:
+        global _registered
+        _registered -= 1
+        if _registered == 0:
+            registration.unregister()
+
+    return undo
 
 
 def _set_experts(inner: Any, wanted: str, state: Prepared) -> None:
     """Switch between transformers' own implementations, and back on undo."""
-    from .model_facts import text_config
-
     before = getattr(text_config(inner), "_experts_implementation", None)
     if before == wanted:
         return
@@ -97,29 +124,25 @@ def _set_experts(inner: Any, wanted: str, state: Prepared) -> None:
         state.undo.append(lambda: inner.set_experts_implementation(before))
 
 
-def _kernel(module: str, function: str, what: str) -> Callable[[nn.Module], Callable[[], None]]:
-    """A function of our kernels that switches itself on and returns its undo; else Refused."""
-    try:
-        found = getattr(import_module(f"{__package__}.kernels.{module}"), function)
-    except (ImportError, AttributeError) as error:
-        raise Refused(f"{what} was asked for and is not available here: {error}") from error
-    assert callable(found)
-    return found  # type: ignore[no-any-return]
-
-
 def _checkpointing(model: nn.Module, plan: TrainingPlan, state: Prepared) -> None:
     if plan.checkpointing is None:
         return
     inner: Any = unwrap(model)
     kwargs = dict(plan.checkpointing)
-    inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-    state.undo.append(inner.gradient_checkpointing_disable)
-    if not inner.is_gradient_checkpointing:
+    newer = hasattr(inner, "activation_checkpointing_enable")  # the older name warns there
+    if newer:
+        inner.activation_checkpointing_enable(kwargs)
+        state.undo.append(inner.activation_checkpointing_disable)
+    else:
+        inner.gradient_checkpointing_enable(kwargs)
+        state.undo.append(inner.gradient_checkpointing_disable)
+    state.undo.append(inner.disable_input_require_grads)
+    on = inner.is_activation_checkpointing if newer else inner.is_gradient_checkpointing
+    if not on:
         raise Refused(f"gradient checkpointing did not take effect on {type(inner).__name__}")
-    if kwargs.get("use_reentrant") and is_adapted(model):
+    if kwargs.get("use_reentrant") and not getattr(inner, "_require_grads_hooks", None):
         # a reentrant segment whose inputs need no gradient gives none to the adapters inside it
         inner.enable_input_require_grads()
-        state.undo.append(inner.disable_input_require_grads)
 
 
 def _offload(model: nn.Module, plan: TrainingPlan, state: Prepared) -> None:
@@ -128,5 +151,7 @@ def _offload(model: nn.Module, plan: TrainingPlan, state: Prepared) -> None:
     try:
         module = import_module(f"{__package__}.activation_offload")
     except ImportError as error:
-        raise Refused(f"activation_offloading={plan.offload!r} is not available: {error}") from error
+        raise Refused(
+            f"activation_offloading={plan.offload!r} is not available: {error}"
+        ) from error
     state.undo.append(module.enable(model, plan.offload))

@@ -9,6 +9,7 @@ import zlib
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 SHARED = {
     "vocab_size": 97,
@@ -208,5 +209,30 @@ def lora(model: Any, targets: list[str], parameters: list[str] | None = None) ->
         for key, tensor in adapted.named_parameters():
             if ".lora_" in key:
                 generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
+                noise = torch.randn(tensor.shape, generator=generator) * 0.1
+                if isinstance(tensor, DTensor):
+                    noise = distribute_tensor(noise, tensor.device_mesh, tensor.placements)
+                tensor.copy_(noise)
     return adapted
+
+
+def packed_row() -> dict[str, torch.Tensor]:
+    """Two documents of 9 and 12 tokens in one row; no mask, positions restart."""
+    batch = rows(1, 21)
+    batch["position_ids"] = torch.cat([torch.arange(9), torch.arange(12)])[None]
+    batch["labels"][0, 9] = -100
+    return batch
+
+
+def image_rows(count: int = 2) -> dict[str, torch.Tensor]:
+    """Rows of 14 tokens with an image of four at 5–8: across the middle of the row, wider than nothing."""
+    batch = rows(count, 14)
+    generator = torch.Generator().manual_seed(11)
+    image = slice(5, 9)
+    batch["input_ids"][:, image] = 90
+    batch["labels"][:, image] = -100
+    batch["mm_token_type_ids"] = (batch["input_ids"] == 90).long()
+    batch["pixel_values"] = torch.rand(count, 16, 12, generator=generator)
+    grid = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(-1)
+    batch["image_position_ids"] = grid[None].repeat(count, 1, 1)
+    return batch

@@ -16,6 +16,10 @@ _TEXT: dict[str, Any] = {
     "sliding_window": WINDOW,
     "num_hidden_layers": 6,
     "layer_types": layer_types("sliding_attention", "full_attention", run=2),
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+    },
     "tie_word_embeddings": True,
     "max_position_embeddings": 128,
 }
@@ -28,7 +32,7 @@ MODELS = (
         model_class="Gemma3ForCausalLM",
         modelling="transformers.models.gemma3.modeling_gemma3",
         tiny=_TEXT,
-        published="gemma3-1b",
+        published="gemma3-4b",
         traits=frozenset({"sliding_window", "tied_embeddings"}),
         wrap_class="Gemma3DecoderLayer",
         layers="model.layers",

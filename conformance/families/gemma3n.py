@@ -17,7 +17,7 @@ MODELS = (
             **TEXT_ENDS,
             "vocab_size": VOCAB,
             "vocab_size_per_layer_input": VOCAB,
-            "hidden_size_per_layer_input": 8,
+            "hidden_size_per_layer_input": 16,
             "intermediate_size": [72] * 6,
             "sliding_window": WINDOW,
             "num_hidden_layers": 6,

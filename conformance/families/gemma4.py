@@ -39,7 +39,7 @@ _EXPERTS = {
 }
 _EDGE: dict[str, Any] = {
     **_TEXT,
-    "hidden_size_per_layer_input": 8,
+    "hidden_size_per_layer_input": 16,
     "vocab_size_per_layer_input": VOCAB,
 }
 _E2B = {**_EDGE, "num_kv_shared_layers": 3, "use_double_wide_mlp": True}

@@ -18,6 +18,7 @@ MODELS = (
             "num_hidden_layers": 2,
             **SHARED_EXPERT,
             "norm_topk_prob": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
             "vocab_size": VOCAB,
             "tie_word_embeddings": False,
             "max_position_embeddings": 128,

@@ -20,6 +20,7 @@ MODELS = (
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 40,
             "norm_topk_prob": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
             "vocab_size": VOCAB,
             "tie_word_embeddings": False,
             "max_position_embeddings": 128,

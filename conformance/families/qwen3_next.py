@@ -24,6 +24,11 @@ MODELS = (
             **LINEAR_ATTENTION,
             **SHARED_EXPERT,
             "norm_topk_prob": True,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10_000_000,
+                "partial_rotary_factor": 0.25,
+            },
             "vocab_size": VOCAB,
             "tie_word_embeddings": False,
             "max_position_embeddings": 128,

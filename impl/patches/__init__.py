@@ -20,7 +20,8 @@ NAMES: tuple[str, ...] = (
     "no_auxiliary_loss",
     "wrap_classes",
     "expert_parallel_plan",
-    "packed_mask",
+    "packed_rows",
+    "packed_images",
     "delta_net_documents",
     "image_type_ids",
     "embeds_without_per_layer_inputs",
@@ -36,8 +37,11 @@ class Patch(Protocol):
     REASON: str
     ISSUE: str
 
-    def applies_to(self, model: nn.Module, plan: TrainingPlan) -> bool: ...
-    def apply(self, model: nn.Module, plan: TrainingPlan) -> Callable[[], None]: ...
+    def applies_to(self, model: nn.Module, plan: TrainingPlan) -> bool:
+        """Whether the model, trained by the plan, would meet the defect."""
+
+    def apply(self, model: nn.Module, plan: TrainingPlan) -> Callable[[], None]:
+        """Repair it (or raise Refused where that cannot be done); returns the undo."""
 
 
 def load(name: str) -> Patch:

@@ -48,9 +48,7 @@ def _convolution(original: Callable[..., Any]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Tensor:
         if document_ids is None:
-            result: Tensor = original(
-                hidden_states, weight, bias, activation=activation, **kwargs
-            )
+            result: Tensor = original(hidden_states, weight, bias, activation=activation, **kwargs)
             return result
         return kernel.causal_conv1d(hidden_states, weight, bias, activation, document_ids)
 
@@ -78,9 +76,8 @@ def _hook(passes: bool) -> Callable[..., Any]:
                 "these gated delta layers cannot be told where packed documents start; train"
                 " unpacked, or with a newer transformers"
             )
-        if kwargs.get("past_key_values") is not None and kwargs.get("use_cache"):
-            raise Refused("a packed batch cannot fill a cache of recurrent states")
-        return args, {**kwargs, "document_ids": ids}
+        # `packed_rows` sees to it that there is none to continue from; one just made stays empty
+        return args, {**kwargs, "document_ids": ids, "past_key_values": None}
 
     return give_documents
 

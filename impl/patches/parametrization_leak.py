@@ -38,11 +38,11 @@ def _remove(original: Callable[[Any], None]) -> Callable[[Any], None]:
 
     @wraps(original)
     def remove(self: Any) -> None:
-        base, name = self.get_base_layer(), self.parameter_name
-        chain = getattr(base, "parametrizations", {}).get(name, ())
-        if name not in getattr(base, "parametrizations", {}) or len(chain) == 1:
+        chains, name = self.get_base_layer().parametrizations, self.parameter_name
+        if name not in chains or len(chains[name]) == 1:
             original(self)
             return
+        chain = chains[name]
         for index in reversed(range(len(chain))):
             if isinstance(chain[index], proxies):
                 del chain[index]

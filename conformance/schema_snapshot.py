@@ -1,0 +1,274 @@
+"""What the installed versions expose of each model, as a snapshot to commit and to compare.
+
+Config fields and defaults, forward signatures, module trees, parameter names and shapes in memory and
+on disk, tied keys, parallel plans, what each LoRA spec adapts, default dtype. Layer numbers are
+folded (`layers.*`), so a snapshot is short and says what a version is, not how large a tiny model is.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conformance.errors import InputError
+from conformance.report import Report, load_json, one_line
+
+if TYPE_CHECKING:
+    from conformance.case import Model
+
+HERE = Path(__file__).parent
+VOLATILE = {"transformers_version", "_name_or_path", "id2label", "label2id", "torch_dtype"}
+Snapshot = dict[str, Any]
+
+# The LoRA specs that users write, by name: arguments of peft.LoraConfig.
+LORA_SPECS: dict[str, dict[str, Any]] = {
+    "all-linear": {"target_modules": "all-linear"},
+    "projections": {
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
+    },
+    "peft's default": {},
+    "experts": {
+        "target_modules": ["q_proj"],
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+    },
+}
+
+
+def schema_folder() -> Path:
+    """Where the committed snapshots lie: beside the package in a checkout, inside it in a wheel."""
+    inside = HERE / "fixtures" / "schema"
+    return inside if inside.exists() else HERE.parent / "fixtures" / "schema"
+
+
+def snapshot() -> Snapshot:
+    """The snapshot of the active environment (imports torch; some ten seconds)."""
+    from conformance.checkpoint import available
+    from conformance.families import MODELS
+
+    models: dict[str, Any] = {}
+    for name, model in sorted(MODELS.items()):
+        missing = available(model)
+        models[name] = {"unavailable": missing} if missing else _of_model(model)
+    return {"versions": _versions(), "models": models}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("transformers", "peft", "torch"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _of_model(model: Model) -> dict[str, Any]:
+    import transformers
+
+    from conformance.checkpoint import build_config, build_stock
+
+    kind = getattr(transformers, model.model_class)
+    built = build_stock(model)
+    config = build_config(model)
+    return {
+        "config": dict(sorted(_config_fields(getattr(transformers, model.config_class)))),
+        "forward": [str(p) for p in _parameters(kind.forward)],
+        "modules": _folded((n, type(m).__name__) for n, m in built.named_modules() if n),
+        "no_split": sorted(getattr(built, "_no_split_modules", None) or ()),
+        "tied": _tied(kind),
+        "parameters": _folded((n, list(p.shape)) for n, p in built.named_parameters()),
+        "disk": _on_disk(built),
+        "plans": _plans(config, built),
+        "lora": {name: _adapted(model, spec) for name, spec in LORA_SPECS.items()},
+        "default_dtype": _default_dtype(kind, built),
+    }
+
+
+def _config_fields(kind: Any) -> Iterator[tuple[str, Any]]:
+    """Every field of a default instance, nested ones dotted."""
+    try:
+        data = kind().to_dict()
+    except Exception as error:
+        yield "(default instance)", f"{type(error).__name__}: {one_line(str(error), 120)}"
+        return
+    yield from _flat(data, "")
+
+
+def _flat(data: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in data.items():
+        if name in VOLATILE:
+            continue
+        if isinstance(value, Mapping) and value and prefix.count(".") < 3:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            text = json.dumps(value, default=str, sort_keys=True)
+            yield f"{prefix}{name}", value if len(text) < 120 else text[:117] + "..."
+
+
+def _parameters(function: Any) -> Iterator[str]:
+    for parameter in inspect.signature(inspect.unwrap(function)).parameters.values():
+        if parameter.name != "self":
+            bare = parameter.replace(annotation=inspect.Parameter.empty)
+            yield str(bare)
+
+
+def _folded(pairs: Any) -> dict[str, list[Any]]:
+    """Values by name, numbers of layers and experts folded into `*`, distinct values kept."""
+    found: dict[str, list[Any]] = {}
+    for name, value in pairs:
+        values = found.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), [])
+        if value not in values:
+            values.append(value)
+    return {name: sorted(values, key=str) for name, values in sorted(found.items())}
+
+
+def _tied(kind: Any) -> Any:
+    keys = getattr(kind, "_tied_weights_keys", None) or {}
+    return dict(sorted(keys.items())) if isinstance(keys, Mapping) else sorted(keys)
+
+
+def _on_disk(model: Any) -> dict[str, list[Any]]:
+    """Names, shapes and dtypes of what `save_pretrained` writes, read off the files' headers."""
+    pairs: list[tuple[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        for path in sorted(Path(folder).glob("*.safetensors")):
+            with path.open("rb") as file:
+                (size,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(size))
+            header.pop("__metadata__", None)
+            pairs += [(name, [entry["dtype"], *entry["shape"]]) for name, entry in header.items()]
+    return _folded(pairs)
+
+
+def _plans(config: Any, model: Any) -> dict[str, Any]:
+    """Tensor, expert and pipeline plans of the config, its decoder's, and the class."""
+    found: dict[str, Any] = {}
+    for label, owner in (("", config), ("text.", config.get_text_config())):
+        for name in ("base_model_tp_plan", "base_model_ep_plan", "base_model_pp_plan"):
+            plan = getattr(owner, name, None)
+            if plan:
+                found[label + name] = {key: str(value) for key, value in sorted(plan.items())}
+    for name in ("_tp_plan", "_ep_plan"):
+        plan = getattr(type(model), name, None)
+        if isinstance(plan, Mapping) and plan:
+            found[name] = {key: str(value) for key, value in sorted(plan.items())}
+    return found
+
+
+def _adapted(model: Model, spec: Mapping[str, Any]) -> Any:
+    """Folded paths of the modules that a spec adapts, or how PEFT refuses it."""
+    from conformance.checkpoint import build_stock
+    from conformance.lora import adapted_modules
+
+    if "target_parameters" in spec and "moe" not in model.traits:
+        return None
+    try:
+        import peft
+
+        adapted = peft.get_peft_model(build_stock(model), peft.LoraConfig(r=2, **spec))
+        return sorted(_folded((name, 0) for name in adapted_modules(adapted)))
+    except Exception as error:
+        return f"{type(error).__name__}: {one_line(str(error).split('.')[0], 160)}"
+
+
+def _default_dtype(kind: Any, model: Any) -> str:
+    """The dtype that `from_pretrained` without a dtype gives a bfloat16 checkpoint."""
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.to(torch.bfloat16).save_pretrained(folder)
+        return str(kind.from_pretrained(folder).dtype).removeprefix("torch.")
+
+
+def differences(old: Snapshot, new: Snapshot) -> list[str]:
+    """What changed from one snapshot to the other: one line a change, equal lines of several
+    models joined."""
+    lines: dict[str, list[str]] = {}
+    for name in sorted({*old["models"], *new["models"]}):
+        before, after = old["models"].get(name), new["models"].get(name)
+        for line in _lines(before, after):
+            lines.setdefault(line, []).append(name)
+    return [f"{', '.join(names)}: {line}" for line, names in lines.items()]
+
+
+def _lines(before: Any, after: Any) -> Iterator[str]:
+    if before is None or after is None:
+        yield "model added to the suite" if before is None else "model gone from the suite"
+        return
+    if "unavailable" in before or "unavailable" in after:
+        if "unavailable" not in after:
+            yield "model now available"
+        elif "unavailable" not in before:
+            yield f"model no longer available: {after['unavailable']}"
+        return
+    for part in sorted({*before, *after}):
+        yield from _part(part, before.get(part), after.get(part))
+
+
+def _part(label: str, old: Any, new: Any) -> Iterator[str]:
+    if old == new:
+        return
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in sorted({*old, *new}):
+            if name not in old:
+                yield f"{label}: {name} added ({_brief(new[name])})"
+            elif name not in new:
+                yield f"{label}: {name} removed ({_brief(old[name])})"
+            else:
+                yield from _part(f"{label}: {name}", old[name], new[name])
+    elif isinstance(old, list) and isinstance(new, list):
+        gone = [item for item in old if item not in new]
+        come = [item for item in new if item not in old]
+        parts = [f"- {_brief(item)}" for item in gone] + [f"+ {_brief(item)}" for item in come]
+        yield f"{label}: {', '.join(parts) or 'order changed'}"
+    else:
+        yield f"{label}: {_brief(old)} → {_brief(new)}"
+
+
+def _brief(value: Any) -> str:
+    return one_line(value if isinstance(value, str) else json.dumps(value, default=str), 160)
+
+
+def read_snapshot(path: Path) -> Snapshot:
+    """A snapshot from its file. Raises ReportError or InputError in one line."""
+    data = load_json(path)
+    if not isinstance(data, dict) or not isinstance(data.get("models"), dict):
+        raise InputError(f"{path}: not a schema snapshot: no object `models`")
+    if not all(isinstance(model, dict) for model in data["models"].values()):
+        raise InputError(f"{path}: not a schema snapshot: a model that is no object")
+    return data
+
+
+def dump(data: Snapshot) -> str:
+    """A snapshot as text: sorted, one entry a line."""
+    return json.dumps(data, indent=1, sort_keys=True, ensure_ascii=True) + "\n"
+
+
+def command(against: Path | None) -> str:
+    """The active environment's snapshot as JSON, or its differences to a committed one."""
+    if against is None:
+        return dump(snapshot())
+    old = read_snapshot(against)
+    current = json.loads(dump(snapshot()))
+    return "\n".join(differences(old, current) or ["no difference"]) + "\n"
+
+
+def committed_difference(before: Report, after: Report) -> list[str]:
+    """Differences of the committed snapshots of two reports' transformers versions, if both are
+    there."""
+    numbers = [r.versions.get("transformers", "") for r in (before, after)]
+    if numbers[0] == numbers[1] or not all(re.fullmatch(r"[\w.]+", n, re.ASCII) for n in numbers):
+        return []
+    paths = [schema_folder() / f"transformers-{number}.json" for number in numbers]
+    if not all(path.exists() for path in paths):
+        return []
+    old, new = (read_snapshot(path) for path in paths)
+    return differences(old, new)

@@ -1,0 +1,381 @@
+"""Row operations of the linear cross-entropy in Triton: one program a row, two launches a tile.
+
+`_sweep` reads a tile once (twice if the tile is wider than a block), keeps the running maximum and
+sum, and can leave the not yet normalised gradient in place; `_gradient` writes the exact gradient
+where the log-sum-exp is known; `_finish` normalises rows of the hidden states' gradient.
+Everything is computed in fp32 from loads converted at once, because the interpreter's bf16
+arithmetic is wrong. No atomics: a second run is equal bit by bit.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .cross_entropy_rows import JUMP, Form, State
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_LOG2E = tl.constexpr(1.4426950408889634)
+_JUMP = tl.constexpr(JUMP)
+
+_ASM = tl.constexpr(not INTERPRETED)
+
+# How a softcap's tanh is taken: not at all; by one exp2 and one reciprocal (absolute error 1e-7,
+# for 16-bit logits); with a series near 0 and a true division (for fp32 logits); by the hardware
+# instruction (absolute error 5e-4, for measurements only).
+NO_TANH, FAST_TANH, FULL_TANH, HARDWARE_TANH = 0, 1, 2, 3
+
+
+@triton.jit
+def _exp2(x):
+    """2^x of a block in one instruction: tl.exp2 adds three for denormals."""
+    if _ASM:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.exp2(x)
+
+
+@triton.jit
+def _tanh(x, inner, TANH: tl.constexpr):
+    """tanh(inner x), by the given way; NaN stays NaN and nothing overflows."""
+    if TANH == 3:
+        return tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x * inner], dtype=tl.float32, is_pure=True, pack=1
+        )
+    if TANH == 1:
+        if _ASM:
+            e = _exp2(x * (inner * (2.0 * _LOG2E)))
+            return 1.0 - 2.0 * tl.inline_asm_elementwise(
+                "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + e], dtype=tl.float32, is_pure=True,
+                pack=1,
+            )  # fmt: skip
+    x = x * inner
+    a = tl.abs(x)
+    e = tl.exp2(a * (-2.0 * _LOG2E))
+    t = (1.0 - e) / (1.0 + e)
+    q = a * a
+    series = 1.0 + q * (-1.0 / 3 + q * (2.0 / 15 + q * (-17.0 / 315 + q * (62.0 / 2835))))
+    t = tl.where(a < 0.25, a * series, t)
+    return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def _load(x_row, bias_ptr, cols, mask, inner, HAS_BIAS: tl.constexpr, TANH: tl.constexpr,
+          EVEN: tl.constexpr):  # fmt: skip
+    """Reduced logits q: the raw ones with bias, or tanh(inner x); the logit is outer * q."""
+    if EVEN:
+        x = tl.load(x_row + cols).to(tl.float32)
+    else:
+        x = tl.load(x_row + cols, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        x += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    if TANH != 0:
+        x = _tanh(x, inner, TANH)
+    return x
+
+
+@triton.jit
+def _exponential(q, outer, reference, PRECISE: tl.constexpr):
+    """exp(outer q - reference); one fused multiply-add where the logits are 16 bits wide."""
+    if PRECISE:
+        return _exp2((q * outer - reference) * _LOG2E)
+    return _exp2(q * (outer * _LOG2E) - reference * _LOG2E)
+
+
+@triton.jit
+def _store(x_ptr, x_row, cols, mask, value, EVEN: tl.constexpr):
+    """Write a block of a row in the buffer's dtype."""
+    if EVEN:
+        tl.store(x_row + cols, value.to(x_ptr.dtype.element_ty))
+    else:
+        tl.store(x_row + cols, value.to(x_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sweep(
+    x_ptr, x_stride, bias_ptr, label_ptr, top_ptr, rest_ptr, target_ptr, total_ptr, acc_ptr,
+    acc_stride, offset, width, dim, inner, outer,
+    HAS_BIAS: tl.constexpr, TANH: tl.constexpr, PRECISE: tl.constexpr, WRITE: tl.constexpr,
+    TOTAL: tl.constexpr, HAS_ACC: tl.constexpr, SINGLE: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK: tl.constexpr, ACC_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row of one tile: see `RowOperations.sweep`. SINGLE: the tile is one block wide."""
+    row = tl.program_id(0).to(tl.int64)
+    x_row = x_ptr + row * x_stride
+    column = tl.load(label_ptr + row) - offset
+    inside = (column >= 0) & (column < width)
+    # Read before any store of this program: the reduction below puts a barrier between.
+    target = tl.load(x_row + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        target += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if TANH != 0:
+        target = _tanh(target, inner, 2)
+    target = target * outer
+    before = tl.load(top_ptr + row)
+    rest = tl.load(rest_ptr + row)
+    hit = column.to(tl.int32)
+    lanes = tl.arange(0, BLOCK)
+    if SINGLE:
+        mask = lanes < width
+        q = _load(x_row, bias_ptr, lanes, mask, inner, HAS_BIAS, TANH, EVEN)
+        tile_top = tl.max(q if EVEN else tl.where(mask, q, -float("inf")), 0) * outer
+        top = tl.where(tile_top > before + _JUMP, tile_top, before)
+        e = tl.where(lanes == hit, 0.0, _exponential(q, outer, top, PRECISE))
+        if not EVEN:
+            e = tl.where(mask, e, 0.0)
+        added = tl.sum(e, 0)
+        if TOTAL:
+            total = tl.sum(q if EVEN else tl.where(mask, q, 0.0), 0) * outer
+            tl.store(total_ptr + row, tl.load(total_ptr + row) + total)
+        if WRITE:
+            if TANH != 0:
+                e = e * (1.0 - q * q)
+            _store(x_ptr, x_row, lanes, mask, e, EVEN)
+    else:
+        tops = tl.full((BLOCK,), -float("inf"), tl.float32)
+        for start in range(0, width, BLOCK):
+            cols = start + lanes
+            mask = cols < width
+            q = _load(x_row, bias_ptr, cols, mask, inner, HAS_BIAS, TANH, EVEN)
+            tops = tl.maximum(tops, q if EVEN else tl.where(mask, q, -float("inf")))
+        tile_top = tl.max(tops, 0) * outer
+        top = tl.where(tile_top > before + _JUMP, tile_top, before)
+        sums = tl.zeros((BLOCK,), tl.float32)
+        totals = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, width, BLOCK):
+            cols = start + lanes
+            mask = cols < width
+            q = _load(x_row, bias_ptr, cols, mask, inner, HAS_BIAS, TANH, EVEN)
+            e = tl.where(cols == hit, 0.0, _exponential(q, outer, top, PRECISE))
+            if not EVEN:
+                e = tl.where(mask, e, 0.0)
+            sums += e
+            if TOTAL:
+                totals += q if EVEN else tl.where(mask, q, 0.0)
+            if WRITE:
+                if TANH != 0:
+                    e = e * (1.0 - q * q)
+                _store(x_ptr, x_row, cols, mask, e, EVEN)
+        added = tl.sum(sums, 0)
+        if TOTAL:
+            total = tl.sum(totals, 0) * outer
+            tl.store(total_ptr + row, tl.load(total_ptr + row) + total)
+    shrink = tl.exp2((before - top) * _LOG2E)
+    tl.store(top_ptr + row, top)
+    tl.store(rest_ptr + row, rest * shrink + added)
+    if inside:
+        tl.store(target_ptr + row, target)
+    if HAS_ACC:
+        if top > before:
+            for start in range(0, dim, ACC_BLOCK):
+                cols = start + tl.arange(0, ACC_BLOCK)
+                p = acc_ptr + row * acc_stride + cols
+                tl.store(p, tl.load(p, mask=cols < dim, other=0.0) * shrink, mask=cols < dim)
+
+
+@triton.jit
+def _gradient(
+    x_ptr, x_stride, bias_ptr, label_ptr, lse_ptr, row_weight_ptr, offset, width, inner, outer,
+    scale, smoothing, spread, z_loss,
+    HAS_BIAS: tl.constexpr, TANH: tl.constexpr, PRECISE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    PLAIN: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One block of one row: the derivative of the loss in place of the raw logits."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < width
+    x_row = x_ptr + row * x_stride
+    hit = (tl.load(label_ptr + row) - offset).to(tl.int32)
+    lse = tl.load(lse_ptr + row)
+    q = _load(x_row, bias_ptr, cols, mask, inner, HAS_BIAS, TANH, EVEN)
+    d = _exponential(q, outer, lse, PRECISE)
+    if PLAIN:
+        d = tl.where(cols == hit, d - 1.0, d)
+    else:
+        d = d * (1.0 + 2.0 * z_loss * lse) - spread
+        d = tl.where(cols == hit, d - (1.0 - smoothing), d)
+    if TANH != 0:
+        d = d * (1.0 - q * q)
+    if HAS_WEIGHT:
+        scale = scale * tl.load(row_weight_ptr + row)
+    _store(x_ptr, x_row, cols, mask, d * scale, EVEN)
+
+
+@triton.jit
+def _finish(
+    acc_ptr, acc_stride, top_ptr, rest_ptr, target_ptr, label_ptr, weight_ptr, weight_stride,
+    factor_ptr, out_ptr, out_stride, rows_ptr, vocabulary, dim, scale, outer,
+    HAS_ROWS: tl.constexpr, TANH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row: out = factor scale (acc / sum - (1 - p) dz/dx C[label])."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row)
+    rest = tl.load(rest_ptr + row)
+    label = tl.load(label_ptr + row).to(tl.int64)
+    # A label outside the vocabulary gives an infinite loss; it must not read outside the weight.
+    label = tl.where((label >= 0) & (label < vocabulary), label, 0)
+    total = rest + tl.exp2((target - tl.load(top_ptr + row)) * _LOG2E)
+    factor = tl.load(factor_ptr) * scale
+    keep = factor / total
+    away = -(rest / total) * factor
+    if TANH != 0:
+        t = target / outer
+        away = away * (1.0 - t * t)
+    out_row = row
+    if HAS_ROWS:
+        out_row = tl.load(rows_ptr + row).to(tl.int64)
+    for start in range(0, dim, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        mask = cols < dim
+        acc = tl.load(acc_ptr + row * acc_stride + cols, mask=mask, other=0.0)
+        c = tl.load(weight_ptr + label * weight_stride + cols, mask=mask, other=0.0)
+        grad = acc * keep + away * c.to(tl.float32)
+        tl.store(out_ptr + out_row * out_stride + cols, grad.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _scale_in_place(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
+    """x *= factor, and nothing at all when the factor is 1 (the usual upstream gradient)."""
+    factor = tl.load(factor_ptr)
+    if factor != 1.0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + at, mask=at < count, other=0.0).to(tl.float32)
+        tl.store(x_ptr + at, (x * factor).to(x_ptr.dtype.element_ty), mask=at < count)
+
+
+def _warps(block: int) -> int:
+    """32 elements a thread, between 1 and 16 warps."""
+    return max(1, min(16, block // 1024))
+
+
+def _factors(form: Form) -> tuple[float, float]:
+    """(inner, outer) of the logit: outer * tanh(inner x) with a softcap, outer * x without."""
+    if form.softcap is None:
+        return 1.0, form.scale
+    return form.scale / form.softcap, form.softcap
+
+
+class TritonRows:
+    """See `RowOperations`. `block`: widest piece of a row that one program holds at once."""
+
+    def __init__(self, block: int = 8192) -> None:
+        self.block = block
+
+    def sweep(
+        self,
+        x: torch.Tensor,
+        labels: torch.Tensor,
+        state: State,
+        form: Form,
+        offset: int,
+        bias: torch.Tensor | None,
+        write: bool,
+        accumulator: torch.Tensor | None,
+    ) -> None:
+        """Take a tile into the state, optionally leaving exp(z - top) dz/dx / scale in its place."""
+        width = x.shape[1]
+        block = min(self.block, triton.next_power_of_2(width))
+        acc = x if accumulator is None else accumulator
+        _sweep[(x.shape[0],)](
+            x, x.stride(0), x if bias is None else bias, labels, state.top, state.rest,
+            state.target, state.total, acc, acc.stride(0), offset, width, acc.shape[1],
+            *_factors(form),
+            HAS_BIAS=bias is not None, TANH=tanh_of(form, x.dtype),
+            PRECISE=x.dtype == torch.float32, WRITE=write, TOTAL=form.smoothing != 0.0,
+            HAS_ACC=accumulator is not None, SINGLE=width <= block, EVEN=width % block == 0,
+            BLOCK=block, ACC_BLOCK=1024, num_warps=_warps(block),
+        )  # fmt: skip
+
+    def gradient(
+        self,
+        x: torch.Tensor,
+        labels: torch.Tensor,
+        lse: torch.Tensor,
+        form: Form,
+        offset: int,
+        bias: torch.Tensor | None,
+        row_weight: torch.Tensor | None,
+    ) -> None:
+        """Replace a tile of raw logits by the derivative of the loss."""
+        width = x.shape[1]
+        block = min(4096, triton.next_power_of_2(width))
+        _gradient[(x.shape[0], triton.cdiv(width, block))](
+            x, x.stride(0), x if bias is None else bias, labels, lse,
+            lse if row_weight is None else row_weight, offset, width, *_factors(form), form.scale,
+            form.smoothing, form.smoothing / form.vocabulary, form.z_loss,
+            HAS_BIAS=bias is not None, TANH=tanh_of(form, x.dtype),
+            PRECISE=x.dtype == torch.float32, HAS_WEIGHT=row_weight is not None, PLAIN=form.plain,
+            EVEN=width % block == 0, BLOCK=block, num_warps=_warps(block),
+        )  # fmt: skip
+
+    def finish(
+        self,
+        accumulator: torch.Tensor,
+        state: State,
+        labels: torch.Tensor,
+        weight: torch.Tensor,
+        form: Form,
+        factor: torch.Tensor,
+        out: torch.Tensor,
+        rows: torch.Tensor | None,
+    ) -> None:
+        """Rows of out = factor * scale * (accumulator / sum - (1 - p) dz/dx C[label])."""
+        _finish[(accumulator.shape[0],)](
+            accumulator, accumulator.stride(0), state.top, state.rest, state.target, labels, weight,
+            weight.stride(0), factor, out, out.stride(0), labels if rows is None else rows,
+            weight.shape[0], accumulator.shape[1], form.scale, _factors(form)[1],
+            HAS_ROWS=rows is not None, TANH=tanh_of(form, torch.float32), BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+
+
+def tanh_of(form: Form, dtype: torch.dtype) -> int:
+    """Which tanh the logits of `dtype` need."""
+    if form.softcap is None:
+        return NO_TANH
+    return FULL_TANH if dtype == torch.float32 else FAST_TANH
+
+
+def scale_in_place(x: torch.Tensor, factor: torch.Tensor) -> None:
+    """Multiply contiguous x by a one-element fp32 tensor; free when the factor is 1; no sync."""
+    _scale_in_place[(triton.cdiv(x.numel(), 4096),)](x, factor, x.numel(), BLOCK=4096, num_warps=4)
+
+
+def compile_specs() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """(kernel, signature, constexprs, options) of what runs on a GPU, for a compile-only check."""
+    rows = {"top_ptr": "*fp32", "rest_ptr": "*fp32", "target_ptr": "*fp32"}
+    sweep = {
+        "x_ptr": "*bf16", "x_stride": "i32", "bias_ptr": "*bf16", "label_ptr": "*i64", **rows,
+        "total_ptr": "*fp32", "acc_ptr": "*fp32", "acc_stride": "i32", "offset": "i32",
+        "width": "i32", "dim": "i32", "inner": "fp32", "outer": "fp32",
+    }  # fmt: skip
+    gradient = {
+        "x_ptr": "*bf16", "x_stride": "i32", "bias_ptr": "*bf16", "label_ptr": "*i64",
+        "lse_ptr": "*fp32", "row_weight_ptr": "*fp32", "offset": "i32", "width": "i32",
+        "inner": "fp32", "outer": "fp32", "scale": "fp32", "smoothing": "fp32", "spread": "fp32",
+        "z_loss": "fp32",
+    }  # fmt: skip
+    finish = {
+        "acc_ptr": "*fp32", "acc_stride": "i32", **rows, "label_ptr": "*i64", "weight_ptr": "*bf16",
+        "weight_stride": "i32", "factor_ptr": "*fp32", "out_ptr": "*bf16", "out_stride": "i32",
+        "rows_ptr": "*i64", "vocabulary": "i32", "dim": "i32", "scale": "fp32", "outer": "fp32",
+    }  # fmt: skip
+    specs: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = []
+    for tanh in (NO_TANH, FAST_TANH):
+        common = {"HAS_BIAS": False, "TANH": tanh, "PRECISE": False}
+        for block, single, even in ((4096, True, True), (8192, True, True), (8192, True, False),
+                                    (8192, False, True)):  # fmt: skip
+            meta = {**common, "WRITE": True, "TOTAL": False, "HAS_ACC": True, "SINGLE": single,
+                    "EVEN": even, "BLOCK": block, "ACC_BLOCK": 1024}  # fmt: skip
+            specs.append((_sweep, sweep, meta, {"num_warps": _warps(block)}))
+        meta = {**common, "HAS_WEIGHT": False, "PLAIN": True, "EVEN": True, "BLOCK": 4096}
+        specs.append((_gradient, gradient, meta, {"num_warps": 4}))
+        meta = {"HAS_ROWS": True, "TANH": FULL_TANH if tanh else NO_TANH, "BLOCK": 1024}
+        specs.append((_finish, finish, meta, {"num_warps": 4}))
+    scale = {"x_ptr": "*bf16", "factor_ptr": "*fp32", "count": "i64"}
+    specs.append((_scale_in_place, scale, {"BLOCK": 4096}, {"num_warps": 4}))
+    return specs
