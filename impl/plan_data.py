@@ -80,13 +80,13 @@ def _packing(draft: Draft) -> bool:
     if draft.images:
         raise Refused(
             "sample_packing with images: image blocks and positions of packed samples are not kept"
-            " apart (families.md §8); train images unpacked or text packed"
+            " apart; train images unpacked or text packed"
         )
     attention = draft.wish("attn_implementation", "")
     if traits.multimodal and attention.startswith("flash"):
         raise Refused(
             f"sample_packing with {attention} on a multimodal class: its position ids are not 2-D,"
-            " so packed documents are not isolated (families.md §8); use sdpa or eager"
+            " so packed documents are not isolated; use sdpa or eager"
         )
     why, deviation = _isolation(draft)
     if traits.multimodal:

@@ -138,7 +138,7 @@ def _unit_reason(draft: Draft) -> str:
     others = [name for name in cls.no_split if name not in cls.layer_classes]
     text = f"the class of {cls.layers} in {cls.name}"
     if others:
-        text += f"; `_no_split_modules` also lists {', '.join(others)}, absent or frozen here (L18)"
+        text += f"; `_no_split_modules` also lists {', '.join(others)}, absent or frozen here"
     return text
 
 
@@ -184,7 +184,7 @@ def decide_model_parallel(draft: Draft) -> None:
         "dp_replicate_size": "copies of the sharded model",
         "dp_shard_size": "ranks that share one copy of the parameters",
         "tensor_parallel_size": "by the model's own tensor-parallel plan",
-        "expert_parallel_size": "local experts are E / ranks; checked after loading (L8)",
+        "expert_parallel_size": "local experts are E / ranks; checked after loading",
         "context_parallel_size": "the sequence is split; keys and values are gathered",
     }
     for name, value in sizes.items():
