@@ -38,7 +38,7 @@ def decide_lora(draft: Draft) -> LoraPlan | None:
     reason = "as asked for: scale α/√r" if rslora else "the usual scale α/r"
     draft.decide("peft_use_rslora", rslora or None, reason)
     return LoraPlan(
-        target_modules=modules if isinstance(modules, str | None) else _as_regex(modules),
+        target_modules=modules if isinstance(modules, str | None) else _as_regex(modules, draft.traits),
         target_parameters=parameters,
         r=r,
         alpha=alpha,
@@ -83,6 +83,8 @@ def _four_bit(draft: Draft) -> None:
 def _targets(draft: Draft) -> tuple[Any, tuple[str, ...], dict[str, str]]:
     traits = draft.traits
     asked, linear = draft.wish("lora_target_modules"), draft.wish("lora_target_linear")
+    if asked == "all-linear":  # PEFT's spelling of the same wish
+        asked, linear = None, True
     regex, exclude = default_regex(traits)
     names = [asked] if isinstance(asked, str) else list(asked or ())
     if linear and asked:
@@ -143,8 +145,12 @@ def _every_linear(traits: Traits) -> str:
     return rf"{traits.layers}.[\d]+.(_checkpoint_wrapped_module.)?({'|'.join(names)})"
 
 
-def _as_regex(names: list[str]) -> str:
-    return rf"(.*\.)?({'|'.join(re.escape(name) for name in names)})"
+def _as_regex(names: list[str], traits: Traits) -> str:
+    """Names as a regex over the language model only: a tower's layers share its names (L6)."""
+    leaves = "|".join(re.escape(name) for name in names)
+    if not traits.layers:
+        return rf"(.*\.)?({leaves})"
+    return rf"({re.escape(traits.layers)}\.\d+\.(.*\.)?({leaves})|({leaves}))"
 
 
 def _parameters(draft: Draft, named: bool) -> tuple[str, ...]:
