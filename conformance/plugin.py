@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from conformance.implementation import Loaded
     from conformance.report import Report
 
+DEFAULT = "reference"
 CASE = pytest.StashKey["Case"]()
 RUN = pytest.StashKey["Run"]()
 TIERS = {
@@ -58,7 +59,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("conformance", "conformance of fine-tuning stacks")
     group.addoption(
         "--impl",
-        default="reference",
+        default=DEFAULT,
         metavar="NAME",
         help="implementation to judge: reference, transformers, or package.module:attribute",
     )
@@ -159,9 +160,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     _drop_empty(config, items)
     if RUN in config.stash:
         _refuse_stale(config.stash[RUN])
-    shard = config.getoption("shard")
-    if shard:
-        _cut(shard, items)
+    index, count = _shard(config)
+    items[:] = items[index - 1 :: count]
 
 
 def _drop_empty(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -192,14 +192,13 @@ def _refuse_stale(run: Run) -> None:
     raise pytest.UsageError(message)
 
 
-def _cut(shard: str, items: list[pytest.Item]) -> None:
-    try:
-        index, count = (int(part) for part in shard.split("/"))
-    except ValueError:
-        raise pytest.UsageError(f"--shard {shard}: write I/N, such as 2/8") from None
-    if not 1 <= index <= count:
-        raise pytest.UsageError(f"--shard {shard}: I lies between 1 and N")
-    items[:] = items[index - 1 :: count]
+def _shard(config: pytest.Config) -> tuple[int, int]:
+    """(index, count) of `--shard`; UsageError when it is not I/N with 1 ≤ I ≤ N."""
+    text = config.getoption("shard") or "1/1"
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+        raise pytest.UsageError(f"--shard {text}: write I/N, such as 2/8, with 1 <= I <= N")
+    return int(index), int(count)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -446,6 +445,10 @@ def _skip_reason(report: pytest.TestReport) -> str:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Record on the controller only."""
+    """Load an implementation that was named, so that a wrong name costs no collection; record on
+    the controller only."""
+    _shard(session.config)
+    if session.config.getoption("impl") != DEFAULT:
+        run_of(session.config)
     if not hasattr(session.config, "workerinput"):
         session.config.pluginmanager.register(_Recorder(session.config), "conformance-recorder")

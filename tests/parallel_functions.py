@@ -71,7 +71,9 @@ def measure(model: Any, batch: dict[str, torch.Tensor], plan: ParallelPlan, mesh
 
 def prepared(name: str, options: dict[str, Any]) -> Any:
     """A model in a setting: dtype, checkpointing, adapters, frozen towers."""
-    model = tiny_models.build(name, options.get("dtype", torch.float32), **options.get("config", {}))
+    model = tiny_models.build(
+        name, options.get("dtype", torch.float32), **options.get("config", {})
+    )
     for part in options.get("freeze", ()):
         getattr(model.model, part).requires_grad_(False)
     if options.get("checkpointing"):
@@ -132,7 +134,9 @@ def loaded(name: str, path: Path, options: dict[str, Any], plan: ParallelPlan) -
     return parallel.parallelize(model, plan)
 
 
-def loaded_single(name: str, path: Path, options: dict[str, Any], batch: dict[str, torch.Tensor]) -> Evidence:
+def loaded_single(
+    name: str, path: Path, options: dict[str, Any], batch: dict[str, torch.Tensor]
+) -> Evidence:
     """The oracle of a strategy that shards while loading: the same checkpoint in one process."""
     plan = ParallelPlan("single")
     return measure(loaded(name, path, options, plan), batch, plan, None)
@@ -188,7 +192,9 @@ def own_loss(context: RankContext, name: str, strategy: str) -> torch.Tensor:
 
 def refusal(context: RankContext, name: str, strategy: str, options: dict[str, Any]) -> str:
     """What `parallelize` and a forward say, empty if they do not refuse."""
-    plan = ParallelPlan.of(strategy, options.pop("wrap", (tiny_models.wrap_class(name),)), context.world_size)
+    plan = ParallelPlan.of(
+        strategy, options.pop("wrap", (tiny_models.wrap_class(name),)), context.world_size
+    )
     try:
         model = parallel.parallelize(prepared(name, options), plan, mesh_of(strategy, 2))
         model(**options.get("batch", tiny_models.rows()))

@@ -57,7 +57,9 @@ def oracle() -> dict[tuple[str, bool], dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("name", ["gemma4-e2b", "gemma4-moe"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("mode", [True, "legacy", "disk", "hidden_states"])
-def test_gradients_are_those_without(oracle: Any, name: str, checkpointing: bool, mode: Any) -> None:
+def test_gradients_are_those_without(
+    oracle: Any, name: str, checkpointing: bool, mode: Any
+) -> None:
     """Every mode gives the gradients of plain training, with and without checkpointing."""
     if mode == "hidden_states" and not checkpointing:
         with pytest.raises(Refused, match="needs checkpointing"):

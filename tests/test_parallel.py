@@ -81,7 +81,9 @@ def test_one_step_in_float64() -> None:
     """One AdamW step in float64 leads to the same parameters, under every spreading strategy."""
     batch = tiny_models.rows()
     options = {"dtype": torch.float64}
-    jobs = [("gemma4-moe", strategy, options, batch) for strategy in ("ddp", "fsdp1", "fsdp2", "cp")]
+    jobs = [
+        ("gemma4-moe", strategy, options, batch) for strategy in ("ddp", "fsdp1", "fsdp2", "cp")
+    ]
     check_jobs(jobs, FLOAT64_STEP, step=FLOAT64_STEP)
 
 

@@ -142,7 +142,7 @@ def test_merged_equals_unmerged(case: Case, subject: Subject, measured: Measured
 
     https://github.com/huggingface/peft/issues/3083
     """
-    plan = subject.plan(options={"lora_r": 3})
+    plan = subject.plan(options={"lora_r": 3, "lora_alpha": 8})
     model = subject.model(plan=plan)
     batch = subject.batch()
     want = subject.eval_logits(model, batch)
