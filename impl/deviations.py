@@ -106,7 +106,7 @@ ROWS: tuple[Deviation, ...] = (
         "families.md §1 row 8; parallel.md §6; L19",
     ),
     Deviation(
-        "facts-not-names",
+        "",
         "auto-detection",
         "Gemma 4 settings are detected",
         "by facts (shared K/V, unused parameters, towers), so for text classes and unseen models"
@@ -205,6 +205,25 @@ ROWS: tuple[Deviation, ...] = (
         "L5; families.md §6",
     ),
     Deviation(
+        "peft-rewrite",
+        "lora_target_modules on a MoE with shared experts",
+        "nothing",
+        "the shared experts' linear layers; routed experts only if asked for",
+        "on model types of PEFT's list (qwen3_next, deepseek_v3, glm4_moe, …) even a regex that"
+        " names shared experts is rewritten to the routed experts: on a qwen3_next of 6 layers 18"
+        " shared projections are dropped and 6 experts modules adapted, without a word",
+        "peft.utils.transformers_weight_conversion; measured 2026-11-24",
+    ),
+    Deviation(
+        "context-parallel",
+        "context_parallel_size",
+        "nothing",
+        "keys and values gathered, masks from global positions; the YAML names FlashAttention, as"
+        " axolotl's schema demands",
+        "a ring that drops the mask makes sliding layers fully causal, silently (accelerate#4177)",
+        "parallel.md §9",
+    ),
+    Deviation(
         "target-linear",
         "lora_target_linear",
         "not for Gemma 4",
@@ -215,7 +234,7 @@ ROWS: tuple[Deviation, ...] = (
         "L5, L6; parallel.md §3",
     ),
     Deviation(
-        "clippable",
+        "",
         "Gemma4ClippableLinear",
         "axolotl patches PEFT automatically",
         "targets are restricted to the language model; asked for, the layer inside is adapted",

@@ -31,7 +31,6 @@ def to_json(plan: TrainingPlan, indent: int | None = 2) -> str:
         },
         "_traits": sorted(plan.traits.names),
         "_strategy": plan.strategy,
-        "_forward_inputs": list(plan.forward_inputs),
         "_warnings": list(plan.warnings),
     }
     for name, decision in plan.decisions.items():

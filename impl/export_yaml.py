@@ -13,6 +13,7 @@ from .training_plan import TrainingPlan
 # Decisions that are no key of axolotl's, or stand inside another one.
 _NOT_KEYS = frozenset(
     {
+        "forward_inputs",
         "frozen_modules",
         "fsdp_version",
         "fsdp_transformer_layer_cls_to_wrap",
@@ -24,6 +25,10 @@ _NOT_KEYS = frozenset(
 # Keys that a plugin brings: left out when they say no.
 _PLUGIN_KEYS = frozenset({"cut_cross_entropy", "use_scattermoe", "use_sonicmoe"})
 _EXPERT_PARALLEL = "axolotl.integrations.expert_parallel.ExpertParallelPlugin"
+_RING = (
+    "axolotl's context parallel takes FlashAttention only, and a ring drops sliding windows; the"
+    " reference gathers keys and values instead, with sdpa"
+)
 _PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./@-]*")
 _WORDS = frozenset({"true", "false", "null", "yes", "no", "on", "off", "y", "n", "~"})
 
@@ -42,6 +47,8 @@ def to_axolotl(plan: TrainingPlan, base_model: str = "./model") -> dict[str, Any
         for name in ("dp_replicate_size", "dp_shard_size"):
             if plan.decisions[name].value and plan.strategy != "fsdp2":
                 config[name] = plan.decisions[name].value
+    if plan.strategy == "cp" and "flash_attention_2" in _attention(plan):
+        config["attn_implementation"] = "flash_attention_2"
     if plan.auxiliary_loss:
         config["overrides_of_model_config"] = {"output_router_logits": True}
     template = plan.decisions["chat_template"].value or "tokenizer_default"
@@ -56,6 +63,10 @@ def to_axolotl(plan: TrainingPlan, base_model: str = "./model") -> dict[str, Any
     return config
 
 
+def _attention(plan: TrainingPlan) -> tuple[str, ...]:
+    return plan.traits.cls.attention if plan.traits.cls else ()
+
+
 def to_yaml(plan: TrainingPlan, base_model: str = "./model", reasons: bool = True) -> str:
     """`to_axolotl` as YAML; each decision under a comment that gives its reason."""
     lines = [f"# {plan.traits.model_type}, {plan.strategy}: fill in base_model, datasets, rates"]
@@ -64,7 +75,8 @@ def to_yaml(plan: TrainingPlan, base_model: str = "./model", reasons: bool = Tru
     for key, value in to_axolotl(plan, base_model).items():
         decision = plan.decisions.get(key)
         if decision is not None and reasons:
-            lines += _comment(decision.reason)
+            other = key == "attn_implementation" and value != decision.value
+            lines += _comment(_RING if other else decision.reason)
         lines += _entry(key, value, 0)
     return "\n".join(lines) + "\n"
 

@@ -158,12 +158,29 @@ def _regex_reason(traits: Traits) -> str:
     text = f"{where}restricted to the language model ({traits.layers}); optional checkpoint wrapper"
     if traits.kv_sharing and traits.cls and traits.cls.keyless:
         text += f"; the {len(traits.cls.keyless)} layers that borrow keys and values have no k, v"
+    if _peft_rewrites(traits):
+        text += "; PEFT alone would rewrite the shared experts' names to the routed experts"
     if traits.attention_k_eq_v:
         text += "; full-attention layers have no v_proj"
     return text
 
 
+def _peft_rewrites(traits: Traits) -> bool:
+    """Whether PEFT turns names of shared experts into routed experts on this model type."""
+    if not (traits.experts and traits.experts.shared):
+        return False
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+
+        pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(traits.model_type)
+        return pattern in conversion._MOE_TARGET_MODULE_MAPPING
+    except (ImportError, AttributeError):
+        return False
+
+
 def _regex_row(traits: Traits, regex: str) -> str | None:
+    if _peft_rewrites(traits):
+        return "peft-rewrite"
     if not traits.layers.startswith("model.language_model."):
         return "regex-by-class"
     specified = regex.endswith("(up|down|gate|q|k|v|o)_proj")
