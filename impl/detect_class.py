@@ -117,7 +117,7 @@ def _as_wrapper(facts: ClassFacts, config: Any, auto_class: str) -> ClassFacts:
 
 def _inner_class(config: Any, cls: type[nn.Module]) -> type[nn.Module]:
     found = transformers.MODEL_MAPPING.get(type(config), cls)
-    return found[0] if isinstance(found, tuple) else found
+    return cast("type[nn.Module]", found[0] if isinstance(found, tuple) else found)
 
 
 def _reads(cls: type[nn.Module], argument: str) -> bool:
@@ -341,7 +341,17 @@ def _fused(name: str, module: nn.Module, weights: Mapping[str, nn.Parameter]) ->
         bias=any(n.endswith("bias") for n, _ in module.named_parameters(recurse=False)),
         gated=bool(getattr(module, "has_gate", "gate_up_proj" in weights or len(weights) == 3)),
         activation=type(activation).__name__ if isinstance(activation, nn.Module) else "",
+        obstacle=_kernel_obstacle(module),
     )
+
+
+def _kernel_obstacle(module: nn.Module) -> str:
+    """What the fused kernel itself says of an experts module (it probes the gate: L15)."""
+    try:
+        from .kernels.registration import why_unsupported
+    except ImportError as error:
+        return f"the kernel cannot be imported: {one_line(error, 120)}"
+    return why_unsupported(module) or ""
 
 
 def _surroundings(layer: nn.Module, path: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 ROUTED_EXPERTS = "routed experts"
 ALL_LINEAR = "all-linear"
+BYPASSED = "the forward reads its weight directly in training, past the adapter (L7)"
 WRAPPER = "_checkpoint_wrapped_module."
 # The specification's regex after the path of the layers (families.md §6; dots unescaped there too).
 SPECIFIED = r"(mlp|self_attn).(up|down|gate|q|k|v|o)_proj"
@@ -55,7 +56,7 @@ def exclusion(linear: Linear, traits: Traits) -> str:
     name, experts, cls = linear.name, traits.experts, traits.cls
     block, _, leaf = name.rpartition(".")
     if any(name.endswith(part) for part in traits.bypassed):
-        return "the forward reads its weight directly in training, past the adapter (L7)"
+        return BYPASSED
     if experts and experts.router and (name == experts.router or block == experts.router):
         return "the router: adapting it changes which experts are trained"
     if experts and experts.path and name.startswith(f"{experts.path}."):
@@ -97,6 +98,88 @@ def default_regex(traits: Traits) -> tuple[str, dict[str, str]]:
     return head + (SPECIFIED if specified else _alternatives(chosen)), excluded
 
 
+def names_regex(words: list[str], traits: Traits, towers: bool) -> tuple[str | None, Targets]:
+    """A list of names (or "all-linear") as a PEFT regex over the language model, or None when it
+    names no linear layer; beside it the routed experts that are meant, what is left out, and the
+    warnings. With `towers` the names count everywhere, wrappers included (`q_proj.linear`).
+
+    Raises Refused when nothing is named that the model has.
+    """
+    if traits.cls is None:
+        raise Refused("LoRA: the class is unknown, and so are its modules; give a regex")
+    names = [word for word in words if word != ROUTED_EXPERTS]
+    chosen, outside, excluded = _named(names, traits)
+    taken = {name.rpartition(".")[2] for name in chosen}
+    leaves = {n.rpartition(".")[2] for n in names} & set(EXPERT_LEAVES)
+    experts, warnings, parameters = traits.experts, [], []
+    if ROUTED_EXPERTS in words:
+        if experts is None:
+            raise Refused(f"LoRA: {ROUTED_EXPERTS!r} was asked for, but the model has no experts")
+        parameters = list(experts.targets)
+    elif experts and leaves & taken:
+        warnings.append(_stray_leaves(leaves & taken, chosen))
+    elif experts and leaves:
+        meant = {EXPERT_LEAVES[leaf] for leaf in leaves}
+        parameters = [t for t in experts.targets if t.rpartition(".")[2] in meant]
+    elif experts and ALL_LINEAR in names:
+        warnings.append(_ALL_LINEAR_WARNING)
+    if not chosen and not outside and not parameters:
+        raise Refused(
+            f"LoRA: {', '.join(words)} names no module of {traits.cls.name}, whose layers are"
+            f" {traits.layers}.* with {', '.join(n.name for n in traits.cls.linears)}"
+        )
+    head = rf"{re.escape(traits.layers)}\.\d+\.({WRAPPER})?"
+    parts = [head + _alternatives(chosen)] if chosen else []
+    parts += [re.escape(name) for name in outside]
+    if towers and names and ALL_LINEAR not in names:
+        tower = "|".join(traits.components)
+        parts.append(rf"(.*\.)?({tower})\..*({'|'.join(map(re.escape, names))})(\.linear)?")
+    regex = "|".join(parts) if parts else None
+    return regex, Targets((), tuple(parameters), excluded, tuple(warnings))
+
+
+_ALL_LINEAR_WARNING = (
+    f"'{ALL_LINEAR}' adapts linear layers only, so no routed expert; add {ROUTED_EXPERTS!r} (L5)"
+)
+
+
+def _stray_leaves(leaves: Iterable[str], chosen: Iterable[str]) -> str:
+    where = sorted({n.rpartition(".")[0] for n in chosen if n.rpartition(".")[2] in leaves})
+    return (
+        f"{', '.join(sorted(leaves))} adapts {', '.join(where)}, and no routed expert; add"
+        f" {ROUTED_EXPERTS!r} to adapt the experts (L5)"
+    )
+
+
+def _named(names: list[str], traits: Traits) -> tuple[list[str], list[str], dict[str, str]]:
+    """Decoder linear layers that are named, linear layers of the language model outside the decoder
+    layers that are, and those named but left out."""
+    assert traits.cls is not None
+    chosen: list[str] = []
+    excluded: dict[str, str] = {}
+    everything = ALL_LINEAR in names
+    for linear in traits.cls.linears:
+        full = f"{traits.layers}.0.{linear.name}"
+        if not everything and not any(_ends(full, name) for name in names):
+            continue
+        if any(linear.name.endswith(part) for part in traits.bypassed):
+            excluded[linear.name] = BYPASSED
+        elif traits.experts and linear.name.startswith(f"{traits.experts.path}."):
+            excluded[linear.name] = f"routed experts: ask for {ROUTED_EXPERTS!r}"
+        else:
+            chosen.append(linear.name)
+    outside = [
+        name
+        for name in traits.cls.model_linears
+        if everything or any(_ends(name, wanted) for wanted in names)
+    ]
+    return chosen, outside, excluded
+
+
+def _ends(name: str, wanted: str) -> bool:
+    return name == wanted or name.endswith(f".{wanted}")
+
+
 def _alternatives(names: Iterable[str]) -> str:
     blocks: dict[str, list[str]] = {}
     for name in names:
@@ -134,9 +217,7 @@ def resolve(
     if traits.experts is not None and not isinstance(spec, str) and not parameters:
         parameters += _by_leaf(names, found, model, traits, warnings)
     if traits.experts is not None and ALL_LINEAR in names and not parameters:
-        warnings.append(
-            f"'{ALL_LINEAR}' adapts linear layers only, so no routed expert; add {ROUTED_EXPERTS!r}"
-        )
+        warnings.append(_ALL_LINEAR_WARNING)
     if ROUTED_EXPERTS in words and traits.experts and traits.experts.layout == "modules":
         found += _expert_modules(model, traits.experts)
     if not found and not parameters:
@@ -193,7 +274,7 @@ def _barred(name: str, traits: Traits, towers: bool) -> str:
     if tower and not towers:
         return f"in {'.'.join(sorted(tower))}: no gradient on text batches (L6); ask for towers"
     if any(name.endswith(part) for part in traits.bypassed):
-        return "the forward reads its weight directly in training, past the adapter (L7)"
+        return BYPASSED
     return ""
 
 
@@ -223,11 +304,8 @@ def _by_leaf(
     taken = {leaf for leaf in leaves if any(f.rpartition(".")[2] == leaf for f in found)}
     meant = {EXPERT_LEAVES[leaf] for leaf in leaves if leaf not in taken}
     if taken:
-        first = next(f for f in found if f.rpartition(".")[2] in taken)
-        warnings.append(
-            f"{', '.join(sorted(taken))} adapts {re.sub(r'[.][0-9]+[.]', '.*.', first)} and the"
-            f" like; no routed expert carries that name: add {ROUTED_EXPERTS!r} to adapt them (L5)"
-        )
+        inside = (re.sub(r".*[.][0-9]+[.]", "", name) for name in found)
+        warnings.append(_stray_leaves(taken, inside))
     if not meant or taken:
         return []
     return [n for n in _routed(model, traits) if n.rpartition(".")[2] in meant]

@@ -58,7 +58,7 @@ def decide_checkpointing(draft: Draft, offload: bool | str | None) -> Mapping[st
     if not on:
         _off(draft, offload)
         return None
-    why, deviation = _why_not_reentrant(draft, offload)
+    why, deviation = _why_not_reentrant(draft)
     if reentrant and why:
         draft.warn(f"use_reentrant: true was asked for and changed to false: {why}")
     value = reentrant and not why
@@ -86,7 +86,7 @@ def _off(draft: Draft, offload: bool | str | None) -> None:
         draft.decide("gradient_checkpointing_kwargs", None, "checkpointing is off")
 
 
-def _why_not_reentrant(draft: Draft, offload: bool | str | None) -> tuple[str, str | None]:
+def _why_not_reentrant(draft: Draft) -> tuple[str, str | None]:
     """Why the reentrant form is not used here ("": it would be right), and the deviation."""
     traits = draft.traits
     if traits.kv_sharing:
@@ -96,8 +96,6 @@ def _why_not_reentrant(draft: Draft, offload: bool | str | None) -> tuple[str, s
             " checkpointing detaches them and gives wrong gradients with the right loss, on one"
             " device too (L1)"
         ), "reentrant"
-    if offload == "hidden_states":
-        return "layer inputs are offloaded through the non-reentrant form only", None
     if draft.find_unused:
         return (
             "DDP looks for unused parameters, and with reentrant checkpointing it fails: 'Expected"

@@ -138,10 +138,12 @@ def decide_freeze(draft: Draft) -> None:
                 "freeze_mm_modules was asked for, but the model has nothing beside its text part"
             )
         draft.decide("freeze_mm_modules", None, "no module beside the language model")
+        draft.decide("frozen_modules", [], "no module beside the language model")
         return
     parts = ", ".join(traits.components) or "none in this config"
     if asked is False:
         draft.decide("freeze_mm_modules", False, f"as asked for; {parts} are trained too")
+        draft.decide("frozen_modules", [], "as asked for")
         return
     draft.freeze = traits.components
     if not draft.images:
@@ -151,6 +153,8 @@ def decide_freeze(draft: Draft) -> None:
     else:
         why = "cautious, as in the specification's VLM example; the cost: towers do not learn"
     draft.decide("freeze_mm_modules", True, f"{why} ({parts})", "freeze-by-class")
+    reason = "every module of the class beside the language model"
+    draft.decide("frozen_modules", list(draft.freeze), reason, "freeze-by-class")
 
 
 def forward_inputs(draft: Draft) -> tuple[str, ...]:

@@ -10,8 +10,6 @@ from .traits import ExpertFacts
 KERNELS = "axolotl.integrations.kernels.KernelsPlugin"
 BUILTIN = ("eager", "batched_mm", "grouped_mm")
 IMPLEMENTATIONS = (*BUILTIN, "scattermoe", "sonicmoe", "deepgemm")
-# Activations that the fused experts kernel evaluates as the module's own `act_fn` does.
-ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
 
 
 def decide_kernels(draft: Draft) -> str | None:
@@ -84,16 +82,11 @@ def _no_experts(draft: Draft, asked: str | None) -> None:
 
 def _obstacle(draft: Draft, experts: ExpertFacts) -> str:
     """Why the fused kernel cannot run these experts ("": it can)."""
-    if experts.layout != "fused" or experts.interleaved:
-        shape = "interleaved" if experts.interleaved else experts.layout
-        return f"the experts' weights are {shape}; the kernel takes gate and up rows as (E, 2I, H)"
-    if experts.bias or not experts.gated:
-        return "the kernel takes gated experts without bias"
-    if experts.activation not in ACTIVATIONS:
-        return f"the kernel does not know the activation {experts.activation or '(unknown)'!r}"
-    if draft.setting.dtype == "float64":
-        return "float64 is for comparison, and the kernel computes in lower precision"
-    return ""
+    if draft.traits.cls is None:
+        return "the class is unknown, and so is the layout of its experts"
+    if experts.layout != "fused":
+        return f"the experts are {experts.layout}; the kernel takes weights (E, 2I, H), gate first"
+    return experts.obstacle and f"the kernel does not run {experts.obstacle}"
 
 
 def _without_kernel(

@@ -6,10 +6,10 @@ import re
 from typing import Any
 
 from .errors import ConfigError, Refused
-from .lora_targets import ROUTED_EXPERTS, default_regex
+from .lora_targets import ALL_LINEAR, ROUTED_EXPERTS, default_regex, names_regex
 from .plan_draft import Draft
 from .training_plan import LoraPlan
-from .traits import Traits
+from .traits import ExpertFacts, Traits
 
 # Rank of real models, and of those so narrow that it would exceed their projections.
 RANK, TINY_RANK, TINY_WIDTH = 16, 4, 256
@@ -38,7 +38,7 @@ def decide_lora(draft: Draft) -> LoraPlan | None:
     reason = "as asked for: scale α/√r" if rslora else "the usual scale α/r"
     draft.decide("peft_use_rslora", rslora or None, reason)
     return LoraPlan(
-        target_modules=modules if isinstance(modules, str | None) else _as_regex(modules, draft.traits),
+        target_modules=modules,
         target_parameters=parameters,
         r=r,
         alpha=alpha,
@@ -80,35 +80,79 @@ def _four_bit(draft: Draft) -> None:
     draft.decide("load_in_4bit", True, reason)
 
 
-def _targets(draft: Draft) -> tuple[Any, tuple[str, ...], dict[str, str]]:
+def _targets(draft: Draft) -> tuple[str | None, tuple[str, ...], dict[str, str]]:
+    """The regex, the expert weights, and what is left out."""
     traits = draft.traits
     asked, linear = draft.wish("lora_target_modules"), draft.wish("lora_target_linear")
-    if asked == "all-linear":  # PEFT's spelling of the same wish
-        asked, linear = None, True
-    regex, exclude = default_regex(traits)
-    names = [asked] if isinstance(asked, str) else list(asked or ())
     if linear and asked:
         raise Refused("lora_target_linear and lora_target_modules exclude one another")
+    towers = _towers(draft)
+    named: tuple[str, ...] = ()
     if linear:
-        regex, exclude = _every_linear(traits), {}
-        draft.warn(
-            "lora_target_linear was asked for; it is given as a regex over the language model"
-        )
+        draft.warn("lora_target_linear is given as a regex over the language model's linear layers")
+        asked = ALL_LINEAR
     draft.decide("lora_target_linear", False, _linear_reason(traits), "target-linear")
-    modules: Any = asked if asked is not None else regex
-    if asked is not None:
-        exclude = {}
-        plain = [name for name in names if name != ROUTED_EXPERTS]
-        modules = asked if isinstance(asked, str) and plain else (plain or None)
-        draft.decide("lora_target_modules", modules, "as asked for")
+    if asked is None:
+        regex: str | None
+        regex, exclude = default_regex(traits)
+        row = _regex_row(traits, regex)
+        draft.decide("lora_target_modules", regex, _regex_reason(traits), row)
     else:
-        draft.decide(
-            "lora_target_modules", modules, _regex_reason(traits), _regex_row(traits, regex)
-        )
-    parameters = _parameters(draft, ROUTED_EXPERTS in names)
-    if traits.components:
+        regex, exclude, named = _asked(draft, asked, towers)
+    parameters = _parameters(draft, named)
+    if traits.components and not towers:
         exclude["|".join(traits.components)] = "not the language model: no gradient on text (L6)"
-    return modules, parameters, exclude
+    return regex, parameters, exclude
+
+
+def _towers(draft: Draft) -> bool:
+    """Whether adapters go on the towers too: only asked for, and only where images feed them."""
+    if not draft.wish("adapt_towers"):
+        return False
+    if not draft.images:
+        raise Refused(
+            "adapt_towers without images: the towers' adapters would get no gradient (L6)"
+        )
+    draft.freeze = ()
+    draft.decide("freeze_mm_modules", False, "adapters on the towers were asked for")
+    draft.decide("frozen_modules", [], "adapters on the towers were asked for")
+    return True
+
+
+def _asked(
+    draft: Draft, asked: Any, towers: bool
+) -> tuple[str | None, dict[str, str], tuple[str, ...]]:
+    """The user's own targets: a regex as it is (Refused if it reaches nothing), or names."""
+    traits = draft.traits
+    if isinstance(asked, str) and asked not in (ALL_LINEAR, ROUTED_EXPERTS):
+        if not towers:
+            _check_regex(traits, asked)
+        draft.decide("lora_target_modules", asked, "as asked for")
+        return asked, {}, ()
+    words = [asked] if isinstance(asked, str) else [str(word) for word in asked]
+    regex, targets = names_regex(words, traits, towers)
+    for warning in targets.warnings:
+        draft.warn(warning)
+    text = f"{', '.join(words)}, as asked for, on the language model of this class"
+    draft.decide("lora_target_modules", regex, text, "lora-names")
+    return regex, dict(targets.excluded), targets.parameters
+
+
+def _check_regex(traits: Traits, regex: str) -> None:
+    try:
+        pattern = re.compile(regex)
+    except re.error as error:
+        raise ConfigError(f"plan: lora_target_modules is no regex: {error}") from None
+    if traits.cls is None:
+        return
+    names = [f"{traits.layers}.{i}.{linear.name}" for linear in traits.cls.linears for i in (0, 1)]
+    names += traits.cls.model_linears
+    if any(pattern.fullmatch(name) for name in names):
+        return
+    raise Refused(
+        f"lora_target_modules {regex!r} matches no linear layer of the language model in"
+        f" {traits.cls.name}, such as {names[0]}; names differ from class to class"
+    )
 
 
 def _regex_reason(traits: Traits) -> str:
@@ -136,27 +180,10 @@ def _linear_reason(traits: Traits) -> str:
     return "the regex says the same, and says it by name"
 
 
-def _every_linear(traits: Traits) -> str:
-    """A regex over every linear layer of the language model's layers that trains rightly."""
-    names = [n.name for n in traits.cls.linears] if traits.cls else []
-    names = [n for n in names if not any(n.endswith(part) for part in traits.bypassed)]
-    if not names:
-        raise Refused("lora_target_linear: the class is unknown, and so are its linear layers")
-    return rf"{traits.layers}.[\d]+.(_checkpoint_wrapped_module.)?({'|'.join(names)})"
-
-
-def _as_regex(names: list[str], traits: Traits) -> str:
-    """Names as a regex over the language model only: a tower's layers share its names (L6)."""
-    leaves = "|".join(re.escape(name) for name in names)
-    if not traits.layers:
-        return rf"(.*\.)?({leaves})"
-    return rf"({re.escape(traits.layers)}\.\d+\.(.*\.)?({leaves})|({leaves}))"
-
-
-def _parameters(draft: Draft, named: bool) -> tuple[str, ...]:
+def _parameters(draft: Draft, named: tuple[str, ...]) -> tuple[str, ...]:
     """`lora_target_parameters`: the routed experts, if they are asked for."""
     experts, asked = draft.traits.experts, draft.wish("lora_target_parameters")
-    wanted = named or asked is not None or draft.setting.tuning == "lora-experts"
+    wanted = bool(named) or asked is not None or draft.setting.tuning == "lora-experts"
     if experts is None:
         if wanted:
             raise Refused(f"expert LoRA: {draft.traits.model_type} has no routed experts")
@@ -164,9 +191,7 @@ def _parameters(draft: Draft, named: bool) -> tuple[str, ...]:
         return ()
     if not wanted:
         where = "the dense MLP beside them" if experts.in_layer else "attention and shared parts"
-        why = (
-            f"routed experts stay frozen; the names reach {where}: ask for {ROUTED_EXPERTS!r} (L5)"
-        )
+        why = f"routed experts stay frozen; names reach {where}: ask for {ROUTED_EXPERTS!r} (L5)"
         draft.decide("lora_target_parameters", None, why, "lora-names")
         return ()
     if not experts.parameters:
@@ -176,18 +201,30 @@ def _parameters(draft: Draft, named: bool) -> tuple[str, ...]:
             if experts.layout == "modules"
             else "expert LoRA: the class is unknown, and so are the experts' weights"
         )
-    names = ROUTED_EXPERTS in (asked or ())
-    value = experts.targets if asked is None or names else tuple(str(name) for name in asked)
-    stray = [v for v in value if v.rpartition(".")[2] not in experts.parameters]
-    if stray:
-        raise Refused(
-            f"lora_target_parameters: {', '.join(stray)} is no expert weight of this model; it has"
-            f" {', '.join(experts.targets)}"
-        )
-    draft.decide(
-        "lora_target_parameters", list(value), f"routed experts: {experts.layout} 3-D weights"
-    )
+    value = _expert_weights(experts, asked, named)
+    why = f"routed experts: {experts.layout} 3-D weights"
+    draft.decide("lora_target_parameters", list(value), why)
     return value
+
+
+def _expert_weights(experts: ExpertFacts, asked: Any, named: tuple[str, ...]) -> tuple[str, ...]:
+    if asked is None:
+        return named or experts.targets
+    if ROUTED_EXPERTS in asked:
+        return experts.targets
+    stray = [str(name) for name in asked if not _names_weight(str(name), experts)]
+    if stray or not asked:
+        raise Refused(
+            f"lora_target_parameters: {', '.join(stray) or 'an empty list'} names no expert weight;"
+            f" this model has {', '.join(experts.targets)}"
+        )
+    return tuple(str(name) for name in asked)
+
+
+def _names_weight(name: str, experts: ExpertFacts) -> bool:
+    """Whether a (possibly full) path ends in an expert weight of this model."""
+    full = [f"{experts.path}.{leaf}" for leaf in experts.parameters]
+    return any(path.endswith(f".{name}") or path == name or name.endswith(path) for path in full)
 
 
 def _rank(draft: Draft) -> tuple[int, int]:

@@ -35,7 +35,9 @@ def decide_ddp(draft: Draft) -> bool:
     if draft.strategy != "ddp":
         draft.decide("ddp", None, f"the strategy is {draft.strategy}")
         draft.decide("ddp_find_unused_parameters", None, "only DDP looks for unused parameters")
-        return False
+        return draft.strategy == "cp" and bool(
+            unused_sources(draft)
+        )  # its gradients go through DDP
     draft.decide("ddp", True, "the strategy")
     unused, asked = unused_sources(draft), draft.wish("ddp_find_unused_parameters")
     because = "; ".join(unused)
@@ -78,14 +80,15 @@ def _ddp_with_offload(draft: Draft, unused: str, asked: bool) -> bool:
 
 
 def decide_fsdp(draft: Draft, lora: LoraPlan | None) -> tuple[str, ...]:
-    """Every `fsdp*` key; returns the classes that become units.
+    """Every `fsdp*` key; returns the decoder layer classes, which FSDP makes its units and context
+    parallel cuts at.
 
     Refused: FSDP1 with adapters (the bytes of its gradients), a unit that is no layer of the model.
     """
     if not draft.fsdp:
         for name in FSDP_KEYS:
             draft.decide(name, None, f"the strategy is {draft.strategy}")
-        return ()
+        return draft.traits.cls.layer_classes if draft.traits.cls else ()
     if draft.strategy == "fsdp1" and lora is not None:
         raise Refused(_fsdp1_bytes(draft, lora))
     classes = _units(draft)

@@ -22,8 +22,8 @@ class ExpertFacts:
     "unknown" (no class). interleaved: gate and up rows alternate. bias, gated: of an expert.
     activation: its name; activation_key: the config field that holds it. router: the router inside
     a decoder layer. shared: a shared expert beside the routed ones. in_layer: the experts hang on
-    the decoder layer itself, beside a dense MLP. auxiliary_loss: the class can add a load-balancing
-    loss.
+    the decoder layer itself, beside a dense MLP. obstacle: why the fused
+    kernel does not run them, if so. auxiliary_loss: the class can add a load-balancing loss.
     """
 
     num: int
@@ -41,6 +41,7 @@ class ExpertFacts:
     router: str = ""
     shared: bool = False
     in_layer: bool = False
+    obstacle: str = ""
     auxiliary_loss: bool = False
 
     @property
