@@ -68,6 +68,19 @@ _ROWS = (
     Tolerance("gradients/settings", 1e-4, 2e-5, "float32, offload, checkpoints, kernels on or off"),
     Tolerance("rotary/frequencies", 1e-6, 1.2e-7, "float32 arithmetic of theta ** (-2i/d)"),
     Tolerance("loss/same-model", 1e-6, 2e-7, "float32, the same model's loss by another path"),
+    Tolerance("loss/ln V", 0.2, 0.07, "fixture weights by name; worst is gemma3 packed"),
+    Tolerance("logits/same-model", 1e-6, 1.3e-7, "float32, the same states by another path"),
+    Tolerance("logits/padded", 1e-5, 3.2e-6, "float32, other row lengths; worst is qwen3_next"),
+    Tolerance("logits/regrouped", 3e-6, 6.5e-7, "float32, experts meet other tokens; gemma4-moe"),
+    Tolerance("logits/decoded", 2e-5, 3.8e-6, "float32, token by token; worst is gemma4-e4b"),
+    Tolerance("logits/decoded/linear-attention", 5e-5, 1.4e-5, "float32, qwen3_next"),
+    Tolerance("router/weights", 1e-6, 2.3e-7, "float32 router against float64; gemma4-moe"),
+    Tolerance("experts/float32", 2e-6, 5.1e-7, "float32 experts against the float64 loop"),
+    Tolerance("gradients/head", 1e-6, 2.2e-7, "float32 loss against float64 cross-entropy"),
+    Tolerance("gradients/rescaled", 1e-5, 2.9e-6, "float32, another divisor; gemma4-moe"),
+    Tolerance(
+        "gradients/accumulated", 1e-4, 3.2e-5, "float32, packed against separate; gemma4-e2b lora"
+    ),
 )
 
 TOLERANCES: dict[str, Tolerance] = {row.name: row for row in _ROWS}
