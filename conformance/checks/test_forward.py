@@ -141,7 +141,7 @@ def test_checkpointing_keeps_gradients(case: Case, subject: Subject, measured: M
     got = subject.step(model, batch)
     measured["forward passes of a layer"] = passes[0]
     assert passes[0] == 2, f"{case.id}: a layer ran {passes[0]} times, 2 when it is checkpointed"
-    assert_close_step(case.id, got, want, tolerance("gradients/recomputed"), measured)
+    assert_close_step(case.id, got, want, EXACT, measured)
 
 
 @check("M06", needs=("prepare", "loss"), settings=("ckpt-nonreentrant", "lora+ckpt-nonreentrant"))
@@ -162,7 +162,7 @@ def test_recomputation_leaves_a_cache_alone(
     length = int(cache.get_seq_length())
     measured["cache length"] = length
     assert length in (0, batch["input_ids"].shape[1]), f"{case.id}: the cache holds {length} tokens"
-    assert_close_step(case.id, got, want, tolerance("gradients/recomputed"), measured)
+    assert_close_step(case.id, got, want, EXACT, measured)
 
 
 @check("M07", needs=("prepare",))
