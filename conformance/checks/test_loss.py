@@ -34,7 +34,7 @@ def fitted(subject: Subject, path: Path, samples: list[Any], **options: Any) -> 
     """What the implementation's own loop does with the samples, seen from outside."""
     model = subject.model()
     with observe(model) as seen:
-        subject.impl.fit(model, samples, subject.plan(), output_dir=path, lr=1e-2, **options)
+        subject.impl.fit(model, samples, subject.plan(), output_dir=path, lr=1e-3, **options)
     return seen
 
 
