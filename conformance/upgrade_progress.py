@@ -16,7 +16,11 @@ from conformance.upgrade import Request, Upgrade
 def judge(request: Request) -> Comparison:
     """Judge an upgrade, showing what goes on. Raises InputError."""
     console = Console(stderr=True, highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+    )
     with Progress(*columns, TimeElapsedColumn(), console=console) as bars:
         tasks: dict[str, TaskID] = {}
 
