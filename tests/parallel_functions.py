@@ -1,4 +1,5 @@
-"""What `test_parallel.py` runs on ranks: a step under a strategy, against the same step in one process."""
+"""What `test_parallel.py` runs on ranks: a step under a strategy, against the same step in one
+process."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from tests import tiny_models
 
 Evidence = dict[str, Any]
 EPSILON = 1e-6
-"""Of AdamW: an element whose gradient is the noise of float32 islands (1e-9) must not move at full rate."""
+"""Of AdamW: an element whose gradient is the noise of float32 islands (1e-9) must not move at full
+rate."""
 
 
 def mesh_of(strategy: str, world: int) -> Any:
@@ -39,11 +41,8 @@ def loss_of(model: Any, batch: dict[str, torch.Tensor], scale: torch.Tensor) -> 
     """Summed cross-entropy over `scale`, in the logits' own dtype (transformers' is float32)."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     logits = model(**inputs, use_cache=False).logits
-    handle = context_parallel.handle_of(model)
-    if handle is not None:
-        targets = handle.split_labels(batch["labels"])
-    else:
-        targets, logits = batch["labels"][:, 1:], logits[:, :-1]
+    shifted = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    targets = context_parallel.local_targets(model, shifted)
     total = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
     )
@@ -71,7 +70,9 @@ def measure(model: Any, batch: dict[str, torch.Tensor], plan: ParallelPlan, mesh
 
 def prepared(name: str, options: dict[str, Any]) -> Any:
     """A model in a setting: dtype, checkpointing, adapters, frozen towers."""
-    model = tiny_models.build(name, options.get("dtype", torch.float32), **options.get("config", {}))
+    model = tiny_models.build(
+        name, options.get("dtype", torch.float32), **options.get("config", {})
+    )
     for part in options.get("freeze", ()):
         getattr(model.model, part).requires_grad_(False)
     if options.get("checkpointing"):
@@ -132,7 +133,9 @@ def loaded(name: str, path: Path, options: dict[str, Any], plan: ParallelPlan) -
     return parallel.parallelize(model, plan)
 
 
-def loaded_single(name: str, path: Path, options: dict[str, Any], batch: dict[str, torch.Tensor]) -> Evidence:
+def loaded_single(
+    name: str, path: Path, options: dict[str, Any], batch: dict[str, torch.Tensor]
+) -> Evidence:
     """The oracle of a strategy that shards while loading: the same checkpoint in one process."""
     plan = ParallelPlan("single")
     return measure(loaded(name, path, options, plan), batch, plan, None)
@@ -188,7 +191,9 @@ def own_loss(context: RankContext, name: str, strategy: str) -> torch.Tensor:
 
 def refusal(context: RankContext, name: str, strategy: str, options: dict[str, Any]) -> str:
     """What `parallelize` and a forward say, empty if they do not refuse."""
-    plan = ParallelPlan.of(strategy, options.pop("wrap", (tiny_models.wrap_class(name),)), context.world_size)
+    plan = ParallelPlan.of(
+        strategy, options.pop("wrap", (tiny_models.wrap_class(name),)), context.world_size
+    )
     try:
         model = parallel.parallelize(prepared(name, options), plan, mesh_of(strategy, 2))
         model(**options.get("batch", tiny_models.rows()))

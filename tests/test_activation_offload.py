@@ -1,4 +1,5 @@
-"""Activation offloading on the CPU: the same gradients, the right views, nothing kept, honest refusals."""
+"""Activation offloading on the CPU: the same gradients, the right views, nothing kept, honest
+refusals."""
 
 from __future__ import annotations
 
@@ -57,7 +58,9 @@ def oracle() -> dict[tuple[str, bool], dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("name", ["gemma4-e2b", "gemma4-moe"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("mode", [True, "legacy", "disk", "hidden_states"])
-def test_gradients_are_those_without(oracle: Any, name: str, checkpointing: bool, mode: Any) -> None:
+def test_gradients_are_those_without(
+    oracle: Any, name: str, checkpointing: bool, mode: Any
+) -> None:
     """Every mode gives the gradients of plain training, with and without checkpointing."""
     if mode == "hidden_states" and not checkpointing:
         with pytest.raises(Refused, match="needs checkpointing"):
@@ -138,7 +141,8 @@ def test_small_tensors_and_parameters_stay() -> None:
 
 
 def test_a_graph_that_is_dropped_frees_everything() -> None:
-    """Saved tensors that no backward asks for go with the graph; a second backward finds its own."""
+    """Saved tensors that no backward asks for go with the graph; a second backward finds its
+    own."""
     offloader = Offloader(Counting())
     x = torch.randn(64, 64, requires_grad=True)
     with offloader.context():
