@@ -40,6 +40,7 @@ class Plan:
     middle_columns: int
     middle_warps: int
     middle_stages: int
+    rank_in_middle: bool  # dGU B inside the middle kernel, else as a product of its own
     skinny_rows: int
     skinny_bk: int
     skinny_stages: int
@@ -65,6 +66,7 @@ _HOPPER = Plan(
     middle_columns=64,
     middle_warps=4,
     middle_stages=2,
+    rank_in_middle=True,
     skinny_rows=64,
     skinny_bk=128,
     skinny_stages=3,
@@ -124,6 +126,7 @@ def _small(tiles: Tiles, *, rows: int, columns: int) -> Plan:
         middle_columns=columns,
         middle_warps=4,
         middle_stages=2,
+        rank_in_middle=True,
         skinny_rows=min(32, rows),
         skinny_bk=64,
         skinny_stages=2,

@@ -242,12 +242,9 @@ def _product_tile(
     """Rows row .. row+BM, columns n0 .. n0+BN of A times the weight of expert e."""
     rows = row + tl.arange(0, BM)
     live = rows < end
-    slot = rows
-    if GATHER or weights is not None:
-        slot = tl.load(order + rows, mask=live, other=0)
     source = tl.where(live, rows, row)
     if GATHER:
-        source = slot // TOP_K
+        source = tl.load(order + rows, mask=live, other=0) // TOP_K
     ks = tl.arange(0, BK)
     a_pointers = a + source.to(tl.int64)[:, None] * K + ks[None, :]
     columns = n0 + tl.arange(0, BN)
@@ -284,7 +281,7 @@ def _product_tile(
             acc, small, wide, rows, live, e, n0, N, RANK, False, LORA_KN, RP, BN
         )
     if weights is not None:
-        acc *= tl.load(weights + slot, mask=live, other=0.0).to(tl.float32)[:, None]
+        acc *= tl.load(weights + rows, mask=live, other=0.0)[:, None]
     at = (
         out
         + rows.to(tl.int64)[:, None] * OUT_STRIDE

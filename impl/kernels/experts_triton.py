@@ -31,7 +31,6 @@ class Run:
         self.hidden = problem.hidden.to(kind).contiguous()
         self.gate_up = problem.gate_up.to(kind).contiguous()
         self.down = problem.down.to(kind).contiguous()
-        self.weights = problem.weights.contiguous().view(-1)
         self.a_up = _operand(problem.lora.gate_up_a, kind)
         self.a_down = _operand(problem.lora.down_a, kind)
         self.rp_up, self.rp_down = _padded(problem.rank_up), _padded(problem.rank_down)
@@ -278,7 +277,9 @@ def forward(problem: Problem, plan: Plan | None = None) -> tuple[Tensor, list[Te
         problem = _through_float32(problem)
     plan = plan or plan_for(problem, interpreted=INTERPRETED)
     p, lora = problem, problem.lora
-    routing = route(p.index.contiguous(), p.experts, plan.rows, plan.chunk)
+    routing = route(
+        p.index.contiguous(), p.weights.contiguous(), p.experts, plan.rows, plan.chunk
+    )
     run = Run(p, plan, routing)
     b_up = run.swap_b(lora.gate_up_b, p.rank_up, run.rp_up)
     b_down = run.swap_b(lora.down_b, p.rank_down, run.rp_down)
@@ -296,7 +297,7 @@ def forward(problem: Problem, plan: Plan | None = None) -> tuple[Tensor, list[Te
     y = run.empty(p.slots, p.width)
     run.product(
         plan.down, h, run.down, y, gather=False, transposed=False,
-        left=ha, right=b_down, rank=p.rank_down, weights=run.weights,
+        left=ha, right=b_down, rank=p.rank_down, weights=routing.weights,
     )  # fmt: skip
     out = run.empty(p.tokens, p.width, dtype=kind)
     run.combine(y, out)

@@ -70,6 +70,7 @@ class _Backward:
         gate_up, self.xa, self.ha, self.b_up, self.b_down = parts
         assert gate_up is not None
         self.gate_up = gate_up
+        self.pb_up: Tensor | None = None
         self.grad = grad.to(problem.dtype).contiguous()
 
     def gradients(self, needs: Needs) -> Gradients:
@@ -133,8 +134,7 @@ class _Backward:
             (chunk_rows, groups),
             gate_up=self.gate_up,
             d=self.d,
-            order=run.routing.order,
-            weights=run.weights,
+            weights=run.routing.weights,
             xa=self.xa,
             pb=pb,
             b=self.b_up,
@@ -156,7 +156,13 @@ class _Backward:
             warps=plan.middle_warps,
             stages=plan.middle_stages,
         )
-        self.pb_up = run.empty(p.slots, run.rp_up) if run.rp_up else None
+        if inside:
+            self.pb_up = run.empty(p.slots, run.rp_up)
+        elif self.b_up is not None:
+            scale = lora.gate_up_scale
+            self.pb_up = run.skinny(
+                self.d, self.b_up, p.rank_up, scale, gather=False, by_rank=False
+            )
         out.weights = self._finish_rows(p_parts, w_parts, groups, needs)
         if d_b is not None and needs.gate_up_b and lora.gate_up_b is not None:
             out.gate_up_b = self._add_b(d_b, lora.gate_up_b, p.rank_up)
@@ -224,7 +230,7 @@ class _Backward:
             a=a,
             small=rows,
             order=run.routing.order,
-            weights=run.weights if weighted else None,
+            weights=run.routing.weights if weighted else None,
             out=out,
             **run.chunks,
             WIDTH=width,
@@ -293,7 +299,7 @@ class _Backward:
             left=left,
             right=right,
             order=run.routing.order,
-            weights=run.weights,
+            weights=run.routing.weights,
             out=out,
             offsets=run.routing.offsets,
             M=rows,
