@@ -39,9 +39,7 @@ class Routing:
         return [getattr(self, name) for name in self.__dataclass_fields__]
 
 
-def route(
-    index: Tensor, weights: Tensor, experts: int, tile: int, chunk: int
-) -> Routing:
+def route(index: Tensor, weights: Tensor, experts: int, tile: int, chunk: int) -> Routing:
     """Sort the slots of ``index`` (T, K) by expert; ``tile`` and ``chunk`` are rows a map entry covers."""
     slots = index.numel()
     device = index.device
@@ -67,9 +65,7 @@ def route(
     )
     flat = index.reshape(-1)
     sizes = {"SLOTS": slots, "EXPERTS": experts, "BINS": bins, "BLOCK": _BLOCK}
-    launch(
-        count_kernel, (blocks,), index=flat, counts=counts, **sizes, warps=4, stages=1
-    )
+    launch(count_kernel, (blocks,), index=flat, counts=counts, **sizes, warps=4, stages=1)
     launch(
         scan_kernel,
         (1,),

@@ -81,9 +81,7 @@ def skinny_kernel(
         inside = k + ks < K
         left = tl.load(a_pointers, mask=inside[None, :], other=0.0)
         if BY_RANK:
-            right = tl.load(
-                pointers, mask=inside[:, None] & (ranks[None, :] < RANK), other=0.0
-            )
+            right = tl.load(pointers, mask=inside[:, None] & (ranks[None, :] < RANK), other=0.0)
             pointers += BK
         else:
             right = tl.load(pointers, mask=inside[:, None], other=0.0)
@@ -115,9 +113,7 @@ def combine_kernel(
         at = rows_in + row * in_stride + columns
         limit = tl.where(row >= 0, width, 0)
         acc += tl.load(at, mask=columns < limit, other=0.0).to(tl.float32)
-    tl.store(
-        out + token * out_stride + columns, acc.to(out.dtype.element_ty), mask=inside
-    )
+    tl.store(out + token * out_stride + columns, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["slots", "chunk_rows"])
@@ -171,11 +167,7 @@ def middle_kernel(
         if RP_UP:
             up_ranks = tl.arange(0, RP_UP)
             up_tile = lane[:, None] * RP_UP + up_ranks[None, :]
-            at_b = (
-                b
-                + (e.to(tl.int64) * 2 * INNER + columns)[:, None] * RP_UP
-                + up_ranks[None, :]
-            )
+            at_b = b + (e.to(tl.int64) * 2 * INNER + columns)[:, None] * RP_UP + up_ranks[None, :]
             if p_parts is not None:
                 b_gate = tl.load(at_b, mask=fits[:, None], other=0.0)
                 b_up = tl.load(at_b + INNER * RP_UP, mask=fits[:, None], other=0.0)
@@ -209,13 +201,9 @@ def middle_kernel(
             next_dh = tl.load(d_at + BR * 2 * INNER + tile, mask=keep_more, other=0.0)
             next_w = tl.load(weights + at_row + BR + lane, mask=more, other=0.0)
             if RP_UP:
-                left = tl.load(
-                    xa + at_row * RP_UP + up_tile, mask=live[:, None], other=0.0
-                )
+                left = tl.load(xa + at_row * RP_UP + up_tile, mask=live[:, None], other=0.0)
             if RP_DOWN:
-                right = tl.load(
-                    pb + at_row * RP_DOWN + down_tile, mask=live[:, None], other=0.0
-                )
+                right = tl.load(pb + at_row * RP_DOWN + down_tile, mask=live[:, None], other=0.0)
                 right = (right.to(tl.float32) * w[:, None]).to(kind)
             if ACT == "silu":
                 s = tl.sigmoid(gate)
@@ -223,9 +211,7 @@ def middle_kernel(
             else:
                 cube = gate * gate * 0.044715
                 s = tl.sigmoid(1.5957691216057308 * gate * (1.0 + cube))
-                slope = s + gate * s * (1.0 - s) * 1.5957691216057308 * (
-                    1.0 + 3.0 * cube
-                )
+                slope = s + gate * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 3.0 * cube)
             value = gate * s
             hidden = value * up
             part = tl.sum(hidden * dh, 1)
@@ -251,9 +237,7 @@ def middle_kernel(
                     if COLUMN_BLOCKS > 1:
                         p += tl.load(at_p, mask=live[:, None] & (block > 0), other=0.0)
                     tl.store(at_p, p, mask=live[:, None])
-                sum_gate = tl.dot(
-                    tl.trans(d_gate), left, sum_gate, input_precision="ieee"
-                )
+                sum_gate = tl.dot(tl.trans(d_gate), left, sum_gate, input_precision="ieee")
                 sum_up = tl.dot(tl.trans(d_up), left, sum_up, input_precision="ieee")
             if RP_DOWN:
                 sum_a = tl.dot(tl.trans(low), right, sum_a, input_precision="ieee")
@@ -306,9 +290,7 @@ def gather_sum_kernel(
         slot = tl.load(order + rows, mask=live, other=0)
         token = (slot // TOP_K).to(tl.int64)
         keep = live[:, None] & fits[None, :]
-        left = tl.load(
-            a + token[:, None] * WIDTH + columns[None, :], mask=keep, other=0.0
-        )
+        left = tl.load(a + token[:, None] * WIDTH + columns[None, :], mask=keep, other=0.0)
         at = small + rows.to(tl.int64)[:, None] * RP + ranks[None, :]
         right = tl.load(at, mask=live[:, None], other=0.0)
         if weights is not None:
@@ -407,9 +389,7 @@ def sum_chunks_swap_kernel(
     acc = tl.zeros([BX, BE], tl.float32)
     for c in range(tl.max(count, 0)):
         at = (first + c).to(tl.int64)[None, :] * WIDTH * RP + flat[:, None]
-        acc += tl.load(
-            parts + at, mask=inside[:, None] & (c < count)[None, :], other=0.0
-        )
+        acc += tl.load(parts + at, mask=inside[:, None] & (c < count)[None, :], other=0.0)
     to = out + (row.to(tl.int64) * RANK + rank)[:, None] * EXPERTS + expert[None, :]
     tl.store(to, acc.to(out.dtype.element_ty), mask=inside[:, None] & real[None, :])
 
@@ -463,6 +443,4 @@ def weight_gradient_kernel(
             a = (a.to(tl.float32) * w[:, None]).to(b.dtype)
         acc = tl.dot(tl.trans(a), b, acc, input_precision="ieee")
     at = out + e.to(tl.int64) * M * N + ms.to(tl.int64)[:, None] * N + ns[None, :]
-    tl.store(
-        at, acc.to(out.dtype.element_ty), mask=(ms[:, None] < M) & (ns[None, :] < N)
-    )
+    tl.store(at, acc.to(out.dtype.element_ty), mask=(ms[:, None] < M) & (ns[None, :] < N))
