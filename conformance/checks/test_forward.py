@@ -42,20 +42,15 @@ REPEATED = ("-", "lora", "lora-experts", "kernels", "lora+kernels", "lora-expert
 @check(
     "M01",
     needs=("prepare", "loss"),
-    varies=("dtype", "tuning", "checkpointing", "batch", "kernels"),
-    marks=("smoke",),
+    varies=("dtype", "tuning", "kernels"),
 )
 def test_builds_and_steps(case: Case, subject: Subject, measured: Measured) -> None:
     """The model builds, takes a step, and its loss starts near ln V.
 
     https://github.com/huggingface/trl/issues/5421
     """
-    try:
-        model = subject.model()
-        step = subject.step(model, subject.batch())
-    except subject.refusals:
-        measured["declined"] = 1.0
-        return
+    model = subject.model()
+    step = subject.step(model, subject.batch())
     uniform = math.log(unwrapped(model).get_output_embeddings().weight.shape[0])
     assert step.loss is not None and finite(step), f"{case.id}: loss {step.loss}, or a gradient"
     assert global_norm(step.gradients) > 0, f"{case.id}: no gradient at all"
