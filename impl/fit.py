@@ -43,7 +43,7 @@ class TokenWeightedTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The loss of `impl.loss`; gradients of several ranks are averaged, so each is scaled up."""
+        """The loss of `impl.loss`, times the ranks, since their gradients are averaged."""
         ranks = self.accelerator.num_processes if num_items_in_batch is not None else 1
         if return_outputs:
             return loss_and_outputs(model, inputs, num_items_in_batch)
@@ -93,8 +93,8 @@ def fit(
 
     A model that is not prepared is prepared by the plan (the trainer's `model` is the result).
     accumulation: micro-batches a step, each weighted by its labelled tokens, also in a last, shorter
-    window. resume: a checkpoint directory written with `save_steps`; give `steps` as in the first run.
-    max_grad_norm: 0 does not clip. Without output_dir nothing is kept.
+    window. resume: a checkpoint directory written with `save_steps`; give `steps` as in the first
+    run. max_grad_norm: 0 does not clip. Without output_dir nothing is kept.
     """
     if steps < 1 or batch_size < 1 or accumulation < 1:
         raise Refused("fit: steps, batch_size and accumulation must be positive")

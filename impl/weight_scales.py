@@ -58,6 +58,7 @@ class ScaleReport(int):
         return report
 
     def __str__(self) -> str:
+        """One line a change."""
         changed = [f for f in self.findings if f.action in ("rescaled", "would rescale")]
         lines = [f"{f.action} {f.name}: std {f.std:.4g}, group {f.median:.4g}" for f in changed]
         return "\n".join([f"{int(self)} of {len(self.findings)} parameters rescaled", *lines])
@@ -92,9 +93,7 @@ def _rule(rule: Mapping[str, Any]) -> tuple[str | None, float, bool]:
     if not threshold > 1:
         raise ValueError(f"normalize_weight_scales: threshold {threshold} must be above 1")
     if not pattern:
-        warnings.warn(
-            "normalize_weight_scales: a rule without name_pattern is skipped", stacklevel=3
-        )
+        warnings.warn("normalize_weight_scales: rule without name_pattern skipped", stacklevel=3)
         return None, threshold, False
     try:
         re.compile(pattern)
