@@ -183,7 +183,7 @@ class Offloader:
         """Note the parameters' storages, which are never offloaded; sharding and steps may have
         moved them."""
         self.parameters = {
-            parameter.untyped_storage().data_ptr()
+            parameter.untyped_storage()._cdata
             for parameter in model.parameters()
             if not isinstance(parameter, DTensor)
         }
@@ -200,7 +200,7 @@ class Offloader:
             return False
         if isinstance(tensor._base, nn.Parameter):
             return False
-        if tensor.untyped_storage().data_ptr() in self.parameters:
+        if tensor.untyped_storage()._cdata in self.parameters:
             return False
         return self.wanted is None or self.wanted(tensor)
 
@@ -236,8 +236,10 @@ def _keeper(mode: bool | str) -> Keeper:
     return Keeper() if mode == "legacy" else StreamKeeper()
 
 
-def enable(model: nn.Module, mode: bool | str) -> Callable[[], None]:
+def enable(model: nn.Module, mode: bool | str, keeper: Keeper | None = None) -> Callable[[], None]:
     """Offload the activations of every training forward of `model`; returns the undo.
+
+    keeper: where tensors go, if not where the mode says.
 
     Refused: an unknown mode; reentrant checkpointing where layers share keys and values (gradients
     of the producers are lost, L1); "hidden_states" without checkpointing, which would offload
@@ -254,8 +256,8 @@ def enable(model: nn.Module, mode: bool | str) -> Callable[[], None]:
         layers = [layer for layer in layers if not isinstance(layer, _model_class())]
         if not layers:
             raise Refused("activation offloading 'hidden_states' needs checkpointing; it is off")
-        return _offload_layer_inputs(layers)
-    return _offload_everything(model, Offloader(_keeper(mode)))
+        return _offload_layer_inputs(layers, keeper or StreamKeeper())
+    return _offload_everything(model, Offloader(keeper or _keeper(mode)))
 
 
 def _model_class() -> Any:
@@ -307,11 +309,10 @@ def _offload_everything(model: nn.Module, offloader: Offloader) -> Callable[[], 
     return undo
 
 
-def _offload_layer_inputs(layers: list[nn.Module]) -> Callable[[], None]:
+def _offload_layer_inputs(layers: list[nn.Module], keeper: Keeper) -> Callable[[], None]:
     """Put the hooks around each layer's checkpoint: what that saves is the layer's inputs, and only
     the hidden states of those are worth moving (the first argument; what is shared by all layers
     stays)."""
-    keeper = StreamKeeper()
     originals: list[Any] = [layer._gradient_checkpointing_func for layer in layers]
 
     def offloading(checkpoint: Callable[..., Any]) -> Callable[..., Any]:

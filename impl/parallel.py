@@ -139,7 +139,7 @@ def no_sync(model: nn.Module) -> contextlib.AbstractContextManager[None]:
 def clip_grad_norm(
     model: nn.Module, max_norm: float, plan: ParallelPlan | None = None
 ) -> torch.Tensor:
-    """Clip the gradients to a global norm of `max_norm`; returns the norm before, equal on all ranks.
+    """Clip the gradients to a global norm of `max_norm`; returns the norm before, equal everywhere.
 
     Squares of local shards are summed and reduced layout by layout: DTensors of different meshes
     (experts beside dense weights) cannot be stacked, and FSDP1's own method refuses float64.

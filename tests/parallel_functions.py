@@ -200,3 +200,23 @@ def refusal(context: RankContext, name: str, strategy: str, options: dict[str, A
     except Refused as reason:
         return str(reason)
     return ""
+
+
+def local_bytes(
+    context: RankContext, name: str, strategies: list[str], path: Path
+) -> list[tuple[int, int]]:
+    """Bytes of weights and gradients that this rank holds after a backward, by strategy."""
+    results = []
+    for strategy in strategies:
+        plan = ParallelPlan.of(strategy, (tiny_models.wrap_class(name),), context.world_size)
+        if strategy in ("tp", "tp_ep", "fsdp2_ep"):
+            model = loaded(name, path, {}, plan)
+        else:
+            mesh = mesh_of(strategy, context.world_size)
+            model = parallel.parallelize(tiny_models.build(name), plan, mesh)
+        loss_of(model, tiny_models.rows(), torch.tensor(1.0)).backward()
+        local = [parallel._local(p) for p in model.parameters()]
+        grads = [parallel._local(p.grad) for p in model.parameters() if p.grad is not None]
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in local)
+        results.append((weights, sum(g.numel() * g.element_size() for g in grads)))
+    return results
