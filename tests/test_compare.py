@@ -210,8 +210,9 @@ def test_hostile_strings_reach_no_markup(form: str) -> None:
     text = FORMATS[form](found)
     assert "\x1b" not in text
     if form in ("html", "markdown"):
-        assert "<img" not in text and "](javascript" not in text and 'href="javascript' not in text
-        assert "<img" not in text
+        assert "<img" not in text and 'href="javascript' not in text
+    if form == "markdown":
+        assert "](javascript" not in text
     if form == "json":
         assert json.loads(text)["exit"] == 1
     assert set(found.sections) == set(SECTIONS)
