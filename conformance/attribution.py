@@ -1,7 +1,7 @@
 """Which package, and which release of it, is to blame for a break: swap one at a time, then halve.
 
-Pure logic over one question, `ask(pins, case_ids) -> verdict by case id`, which the caller answers by
-running the suite (or from its cache), raising InputError where the pins cannot be installed together.
+Pure logic over one question, `ask(pins, case_ids) -> verdict by case id`, which the caller answers
+by running the suite (or from its cache), raising InputError where pins cannot be had together.
 """
 
 from __future__ import annotations

@@ -45,10 +45,16 @@ def build_config(model: Model, attn: str = "eager", experts: str = "eager") -> A
     config = getattr(transformers, model.config_class)(**copy.deepcopy(dict(model.tiny)))
     config._attn_implementation = attn
     audio = getattr(config, "audio_config", None)
-    if audio is not None:
-        audio._attn_implementation = "eager"  # the only one there is, and others are refused
+    if audio is not None and not _has_sdpa(audio):
+        audio._attn_implementation = "eager"  # asking such a tower for sdpa is an error
     config._experts_implementation = experts
     return config
+
+
+def _has_sdpa(config: Any) -> bool:
+    """Whether the tower of a sub-configuration, if it has one, takes `sdpa`."""
+    tower = transformers.AutoModel._model_mapping.get(type(config), None)
+    return bool(getattr(tower, "_supports_sdpa", True))
 
 
 def build_stock(

@@ -136,7 +136,9 @@ def plan(
 
 
 @app.command()
-def new_adapter(path: Annotated[Path, typer.Argument(help="File to write, such as mine.py.")]) -> None:
+def new_adapter(
+    path: Annotated[Path, typer.Argument(help="File to write, such as mine.py.")],
+) -> None:
     """Write a typed adapter of some thirty lines for your own stack."""
     from conformance.new_adapter import write_adapter
 

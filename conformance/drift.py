@@ -141,6 +141,8 @@ def bench_drifts(before: Report, after: Report) -> list[Change]:
     same_machine = before.hardware == after.hardware
     found = []
     for key in sorted(old.keys() & new.keys()):
+        if new[key].peer == new[key].provider:
+            continue  # the ruler itself
         was, how = _figure(old[key], old)
         now, how_now = _figure(new[key], new)
         if how != how_now or (how == "" and not same_machine) or was <= 0 or now <= 0:
@@ -163,7 +165,7 @@ def _figure(record: Bench, cells: Mapping[Key, Bench]) -> tuple[float, str]:
     peer = cells.get(
         (record.kernel, record.peer, record.mode, record.metric, record.x_name, record.x_value)
     )
-    if peer is None or record.peer == record.provider or peer.median <= 0:
+    if peer is None or peer.median <= 0:
         return record.median, ""
     return record.median / peer.median, f"as a ratio to {record.peer}"
 

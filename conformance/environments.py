@@ -145,7 +145,9 @@ def resolve(pins: Pins) -> Pins:
         if result.returncode or not out.exists():
             raise InputError(explain_pip(result.stderr, wanted))
         entries = json.loads(out.read_text(encoding="utf-8"))["install"]
-    layer: Pins = {str(canonicalize_name(e["metadata"]["name"])): e["metadata"]["version"] for e in entries}
+    layer: Pins = {
+        str(canonicalize_name(e["metadata"]["name"])): e["metadata"]["version"] for e in entries
+    }
     _refuse_conflicts(layer)
     return layer
 
@@ -256,9 +258,7 @@ def build_full(pins: Pins, root: Path | None = None) -> Environment:
     """A full environment of its own (minutes): the active versions of the stack, then the pins.
     Made with uv where it is found, else with venv and pip. Raises InputError."""
     active = active_versions()
-    stack = {
-        n: active[n].partition("+")[0] for n in PACKAGES if n in active
-    }
+    stack = {n: active[n].partition("+")[0] for n in PACKAGES if n in active}
     tools = ["hypothesis", "jinja2", "packaging", "pillow", "rich", "typer"]
     extra = {name: active[name] for name in tools if name in active}
     versions: Pins = {**extra, **stack, **pins}

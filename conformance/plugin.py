@@ -7,7 +7,7 @@ torch and does nothing until one of our checks is collected.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -213,6 +213,24 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     lacking = _hardware_missing(case, item.config.getoption("device"))
     if lacking:
         _skip(item, "unavailable", lacking)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """An implementation that declines a combination loudly is `unsupported` there, with its reason.
+
+    Not in the default setting on one process: who refuses that claims too much.
+    """
+    try:
+        return (yield)
+    except Exception as error:
+        case = pyfuncitem.stash.get(CASE, None)
+        if case is None or not isinstance(error, run_of(pyfuncitem.config).loaded.refusals):
+            raise
+        if not case.setting.tokens and case.strategy.ranks == 1:
+            raise
+        _skip(pyfuncitem, "unsupported", f"refuses: {_first_line(error)}")
+        raise
 
 
 def _skip(item: pytest.Item, verdict: str, reason: str) -> None:

@@ -1,7 +1,8 @@
-"""What runs inside one rank: its process group, its seeds, its watchdogs, and how its outcome travels.
+"""What runs inside one rank: its process group, its seeds, its watchdogs, and how its outcome
+travels.
 
-The parent's side is `ranks.py`. Nothing here imports torch at import time: the module is data for the
-plugin, and a forked rank finds torch already imported by the preloaded forkserver.
+The parent's side is `ranks.py`. Nothing here imports torch at import time: the module is data for
+the plugin, and a forked rank finds torch already imported by the preloaded forkserver.
 """
 
 from __future__ import annotations
@@ -30,17 +31,19 @@ from pathlib import Path
 from typing import Any
 
 GROUP_SHARE = 0.8
-"""Process-group timeout as a share of the deadline: a collective that waits must fail before the parent does."""
+"""Process-group timeout as a share of the deadline: a collective that waits must fail before the
+parent does."""
 LAST_RESORT_SECONDS = 30.0
-"""A rank ends itself this long after its deadline, even if its interpreter is stuck and its parent is gone."""
+"""A rank ends itself this long after its deadline, even if its interpreter is stuck and its parent
+is gone."""
 
 
 @dataclass(frozen=True)
 class RankContext:
     """What a function run by `ranks.run` knows about its rank.
 
-    `device` is a torch device string (`cpu`, `cuda:1`); `scratch` is one directory shared by all ranks of a
-    host, removed after the call.
+    `device` is a torch device string (`cpu`, `cuda:1`); `scratch` is one directory shared by all
+    ranks of a host, removed after the call.
     """
 
     rank: int
@@ -67,7 +70,8 @@ class Start:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a rank ended. `error` is the pickled exception where it can be pickled, `when` its monotonic time."""
+    """How a rank ended. `error` is the pickled exception where it can be pickled, `when` its
+    monotonic time."""
 
     value: bytes | None
     traceback: str = ""
@@ -84,7 +88,8 @@ def _rebuild_tensor(data: bytes, dtype: Any, shape: tuple[int, ...], requires_gr
 
 
 class _Pickler(pickle.Pickler):
-    """Plain pickle, with tensors as bytes: no shared memory, no file descriptor that dies with its rank.
+    """Plain pickle, with tensors as bytes: no shared memory, no file descriptor that dies with its
+    rank.
 
     A tensor arrives on the CPU, detached from its graph.
     """
@@ -132,7 +137,7 @@ def _failure(error: BaseException) -> Outcome:
     try:
         pickled = dumps(error)
         loads(pickled)
-    except Exception:  # noqa: BLE001 - an exception class may refuse pickling in any way it likes
+    except Exception:
         pickled = None
     return Outcome(None, text, pickled, time.monotonic())
 
@@ -142,7 +147,7 @@ def execute(context: RankContext, payload: bytes) -> Outcome:
     try:
         fn, args = loads(payload)
         return Outcome(dumps(fn(context, *args)))
-    except BaseException as error:  # noqa: BLE001 - SystemExit and pytest's outcomes too
+    except BaseException as error:
         return _failure(error)
 
 
@@ -150,8 +155,8 @@ def execute(context: RankContext, payload: bytes) -> Outcome:
 def process_group(context: RankContext, store: Any) -> Iterator[None]:
     """The default process group of a call, destroyed on the clean path only.
 
-    gloo on the CPU; NCCL on CUDA (gloo stays for CPU tensors), bound to its device and tried with one small
-    all-reduce.
+    gloo on the CPU; NCCL on CUDA (gloo stays for CPU tensors), bound to its device and tried with
+    one small all-reduce.
     """
     import torch
     import torch.distributed as dist
@@ -186,7 +191,8 @@ def _loopback() -> str | None:
 
 
 def _enter(start: Start) -> None:
-    """Make a forked process the rank: own session, environment, output files, stack dump on SIGUSR1."""
+    """Make a forked process the rank: own session, environment, output files, stack dump on
+    SIGUSR1."""
     context = start.context
     with contextlib.suppress(OSError):
         os.setsid()
@@ -212,7 +218,8 @@ def _enter(start: Start) -> None:
 
 
 def _die_with_parent(context: RankContext) -> None:
-    """Wait for the parent's end, then take the scratch directory and this rank's whole session along."""
+    """Wait for the parent's end, then take the scratch directory and this rank's whole session
+    along."""
     parent = parent_process()
     if parent is not None:
         parent.join()
@@ -221,7 +228,8 @@ def _die_with_parent(context: RankContext) -> None:
 
 
 def _quiet_progress_bars() -> None:
-    """A progress bar makes a named semaphore, which a process that leaves by `_exit` would leave behind."""
+    """A progress bar makes a named semaphore, which a process that leaves by `_exit` would leave
+    behind."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     if "tqdm" in sys.modules:
         sys.modules["tqdm"].tqdm.set_lock(threading.RLock())
@@ -230,13 +238,12 @@ def _quiet_progress_bars() -> None:
 def rank_main(connection: Connection, start: Start) -> None:
     """Life of a forked rank: hello, run, report, wait for the parent's release, leave.
 
-    A rank that is done keeps its process group until all are: else a peer's last collective could lose its
-    connection, and a skipped collective would show as that instead of as a wait.
+    A rank that is done keeps its process group until all are: else a peer's last collective could
+    lose its connection, and a skipped collective would show as that instead of as a wait.
     """
     _enter(start)
     connection.send("ready")
     import torch
-    import torch.distributed as dist
     from torch._C._distributed_c10d import FileStore
 
     if torch.cuda._initialized:
@@ -254,7 +261,7 @@ def rank_main(connection: Connection, start: Start) -> None:
             if outcome.value is None:
                 os._exit(1)
             connection.recv()
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
+    except BaseException as error:
         with contextlib.suppress(OSError):
             connection.send(_failure(error))
         os._exit(1)
@@ -266,11 +273,12 @@ _base_store: Any = None
 
 
 def run_in_place(payload: bytes, device: str, timeout: float, seed: int) -> list[Outcome]:
-    """Run the call on this very process, one of the ranks that `torchrun` started; outcomes by rank.
+    """Run the call on this very process, one of the ranks that `torchrun` started; outcomes by
+    rank.
 
-    Every call has a process group of its own. Outcomes travel through the launcher's store, which a broken
-    collective leaves intact. A rank that is stuck past `timeout` dumps its stacks and exits; the launcher
-    then ends the others.
+    Every call has a process group of its own. Outcomes travel through the launcher's store, which a
+    broken collective leaves intact. A rank that is stuck past `timeout` dumps its stacks and exits;
+    the launcher then ends the others.
     """
     global _base_store, _calls
     import torch

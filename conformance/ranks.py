@@ -1,9 +1,9 @@
 """Fresh rank processes in a tenth of a second, and the same call in place under `torchrun`.
 
-`run(2, fn, ...)` forks two ranks from one preloaded forkserver, meets them through a FileStore, and returns
-what `fn` returned on each. Every start is fresh, never a pool. A rank that raises or dies is a `RankFailed`
-with its number and traceback; a rank that hangs is a `RanksTimeout` with every rank's stack. Whatever
-happens, the processes are gone and the disk is clean when the call ends.
+`run(2, fn, ...)` forks two ranks from one preloaded forkserver, meets them through a FileStore, and
+returns what `fn` returned on each. Every start is fresh, never a pool. A rank that raises or dies
+is a `RankFailed` with its number and traceback; a rank that hangs is a `RanksTimeout` with every
+rank's stack. Whatever happens, the processes are gone and the disk is clean when the call ends.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -57,12 +58,25 @@ BASE_MODULES = (
     "transformers.modeling_utils",
     "transformers.distributed",
     "peft",
+    "accelerate",
     "pytest",
     "conformance.rank_process",
+    "conformance.subject",
+    "conformance.numerics",
+    "conformance.implementations.reference",
+    "conformance.implementations.transformers",
+    *(
+        f"{package}.{part}"
+        for package in ("impl", "conformance.impl")
+        for part in ("parallel", "parallel_tensor", "plan", "prepare", "build", "collate", "loss")
+    ),
 )
 """Imported once by the forkserver; a module that an older stack lacks is passed over."""
 
-_FAMILIES = "gemma4 gemma4_unified gemma3 gemma3n qwen3_5 qwen3_5_moe qwen3_next qwen3_moe qwen2_moe mixtral siglip"
+_FAMILIES = (
+    "gemma4 gemma4_unified gemma3 gemma3n qwen3_5 qwen3_5_moe qwen3_next qwen3_moe qwen2_moe"
+    " mixtral siglip"
+)
 MODELLING_MODULES = tuple(
     f"transformers.models.{name}.modeling_{name}" for name in _FAMILIES.split()
 )
@@ -71,13 +85,15 @@ MODELLING_MODULES = tuple(
 START_SECONDS = 240.0
 """For the forkserver's own start (4 s alone on two cores, far more on a crowded machine)."""
 GRACE_SECONDS = 0.5
-"""After a first failure: time for a killed rank to show itself before its peers' complaints are believed."""
+"""After a first failure: time for a killed rank to show itself before its peers' complaints are
+believed."""
 OUTPUT_TAIL = 2000
 """Characters of a failing rank's output that its error carries."""
 
 
 class RankFailed(Exception):
-    """A rank raised, or died. `error` is the rank's own exception where it could be brought over."""
+    """A rank raised, or died. `error` is the rank's own exception where it could be brought
+    over."""
 
     def __init__(self, rank: int, traceback: str, error: BaseException | None = None) -> None:
         super().__init__(f"rank {rank} failed\n{traceback}")
@@ -148,7 +164,8 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 def warm() -> None:
-    """Start the forkserver in the background, so that the first case does not wait for its imports."""
+    """Start the forkserver in the background, so that the first case does not wait for its
+    imports."""
     global _started
     if _started:
         return
@@ -163,6 +180,7 @@ def warm() -> None:
         PYTORCH_NVML_BASED_CUDA_CHECK="1",
         TOKENIZERS_PARALLELISM="false",
         HF_HUB_OFFLINE="1",
+        PYTHONPATH=os.pathsep.join(path for path in sys.path if path),
     ):
         forkserver.ensure_running()
     _started = True
@@ -292,7 +310,8 @@ class _Group:
         return rank.file("stack") or "  gave no stack"
 
     def failure(self) -> RankFailed:
-        """The error of the first rank that failed: a death before any exception, else the earliest."""
+        """The error of the first rank that failed: a death before any exception, else the
+        earliest."""
         failed = [rank for rank in self.ranks if rank.failed]
         first = min(failed, key=lambda rank: 0.0 if rank.death else _when(rank.outcome))
         number = first.context.rank
@@ -340,11 +359,13 @@ def run(
 ) -> list[Any]:
     """Call `fn(rank_context, *args)` on `world_size` fresh ranks; its results, by rank.
 
-    `fn` is a module-level function. Arguments and results are pickled; tensors arrive on the CPU. `device` is
-    `cpu` (gloo) or `cuda` (NCCL, rank i on device i). `timeout` is in seconds, from the moment all ranks run.
-    Under `torchrun` the same call runs on the ranks that are there, and every rank gets all results.
+    `fn` is a module-level function. Arguments and results are pickled; tensors arrive on the CPU.
+    `device` is `cpu` (gloo) or `cuda` (NCCL, rank i on device i). `timeout` is in seconds, from the
+    moment all ranks run. Under `torchrun` the same call runs on the ranks that are there, and every
+    rank gets all results.
 
-    Raises RankFailed, RanksTimeout, and WrongWorldSize under a launcher with another number of ranks.
+    Raises RankFailed, RanksTimeout, and WrongWorldSize under a launcher with another number of
+    ranks.
     """
     payload = dumps((fn, args))
     if in_place():

@@ -89,6 +89,7 @@ class Row:
     def __post_init__(self) -> None:
         for name in ("reason", "issue", "expected", "message", "where", "repeat"):
             object.__setattr__(self, name, one_line(str(getattr(self, name) or ""), 4000))
+        object.__setattr__(self, "measured", _cleaned(self.measured))
 
     @property
     def parts(self) -> tuple[str, str, str, str]:
@@ -136,6 +137,11 @@ class Bench:
     device: str = ""
     time: str = ""
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).copy().items():
+            if isinstance(value, str):
+                object.__setattr__(self, name, _cleaned(value))
+
 
 @dataclass(frozen=True)
 class Report:
@@ -154,6 +160,11 @@ class Report:
     exit: int = 0
     bench: tuple[Bench, ...] = ()
     checks: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("implementation", "suite_version", "versions", "hardware", "matrix", "started",
+                     "selection", "checks"):  # fmt: skip
+            object.__setattr__(self, name, _cleaned(getattr(self, name)))
 
     @property
     def counts(self) -> dict[str, int]:
@@ -208,6 +219,15 @@ def one_line(text: str, limit: int = 500) -> str:
     a terminal (no escape sequences) and for a line-based log."""
     joined = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return joined if len(joined) <= limit else joined[: limit - 1] + "…"
+
+
+def _cleaned(value: Any) -> Any:
+    """A value with every text in it made one line; a name of nothing but blanks becomes `?`."""
+    if isinstance(value, str):
+        return one_line(value, 4000) or ("?" if value else "")
+    if isinstance(value, Mapping):
+        return {_cleaned(key): _cleaned(item) for key, item in value.items()}
+    return tuple(map(_cleaned, value)) if isinstance(value, (tuple, list)) else value
 
 
 def write(report: Report, path: Path | str) -> None:

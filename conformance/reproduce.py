@@ -30,7 +30,7 @@ def script(case_id: str) -> str:
     two plain processes."""
     check, model, setting, strategy = parse(case_id)
     documents = _documents(model, setting)
-    return _template().render(
+    text: str = _template().render(
         case_id=case_id,
         claim=_claim(check),
         model=model,
@@ -41,6 +41,7 @@ def script(case_id: str) -> str:
         documents=pprint.pformat(documents, width=96, compact=True, sort_dicts=False),
         weights=_weights_source(),
     )
+    return text
 
 
 def parse(case_id: str) -> tuple[str, Model, Setting, str]:
@@ -76,7 +77,9 @@ def _claim(check: str) -> tuple[str, str]:
     except Exception:
         return "", ""
     if found is None:
-        raise InputError(f"unknown check {one_line(check, 40)!r}; `conformance catalogue` lists them")
+        raise InputError(
+            f"unknown check {one_line(check, 40)!r}; `conformance catalogue` lists them"
+        )
     return found[0].claim, found[0].motivation
 
 

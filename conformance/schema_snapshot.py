@@ -1,17 +1,19 @@
 """What the installed versions expose of each model, as a snapshot to commit and to compare.
 
-Config fields and defaults, forward signatures, module trees, parameter names and shapes in memory and
-on disk, tied keys, parallel plans, what each LoRA spec adapts, default dtype. Layer numbers are
-folded (`layers.*`), so a snapshot is short and says what a version is, not how large a tiny model is.
+Config fields and defaults, forward signatures, module trees, parameter names and shapes in memory
+and on disk, tied keys, parallel plans, what each LoRA spec adapts, default dtype. Layer numbers are
+folded (`layers.*`): a snapshot says what a version is, not how large a tiny model is.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import struct
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -49,6 +51,10 @@ def schema_folder() -> Path:
 
 def snapshot() -> Snapshot:
     """The snapshot of the active environment (imports torch; some ten seconds)."""
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.simplefilter("ignore")
     from conformance.checkpoint import available
     from conformance.families import MODELS
 

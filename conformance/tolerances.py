@@ -68,6 +68,44 @@ _ROWS = (
     Tolerance("gradients/settings", 1e-4, 2e-5, "float32, offload, checkpoints, kernels on or off"),
     Tolerance("rotary/frequencies", 1e-6, 1.2e-7, "float32 arithmetic of theta ** (-2i/d)"),
     Tolerance("loss/same-model", 1e-6, 2e-7, "float32, the same model's loss by another path"),
+    Tolerance("loss/ln V", 0.2, 0.07, "fixture weights by name; worst is gemma3 packed"),
+    Tolerance("logits/same-model", 1e-6, 1.3e-7, "float32, the same states by another path"),
+    Tolerance("logits/padded", 2e-5, 4.0e-6, "float32, other row lengths; worst is gemma4-e2b"),
+    Tolerance("logits/regrouped", 3e-6, 6.5e-7, "float32, experts meet other tokens; gemma4-moe"),
+    Tolerance("logits/decoded", 2e-5, 3.8e-6, "float32, token by token; worst is gemma4-e4b"),
+    Tolerance("logits/decoded/linear-attention", 5e-5, 1.4e-5, "float32, qwen3_next"),
+    Tolerance("router/weights", 1e-6, 2.3e-7, "float32 router against float64; gemma4-moe"),
+    Tolerance("experts/float32", 2e-6, 5.1e-7, "float32 experts against the float64 loop"),
+    Tolerance("gradients/head", 1e-6, 2.2e-7, "float32 loss against float64 cross-entropy"),
+    Tolerance("gradients/rescaled", 1e-5, 3.9e-6, "float32, another divisor; qwen3_5_moe"),
+    Tolerance("logits/attention", 3e-5, 7.6e-6, "float32, sdpa against eager; qwen3_5_moe images"),
+    Tolerance(
+        "gradients/attention", 2e-4, 4.3e-5, "float32, sdpa against eager; gemma4-moe images"
+    ),
+    Tolerance(
+        "gradients/attention/linear-attention",
+        3e-3,
+        9.8e-4,
+        "as above, qwen3_5 images: the tower's biases; 1.6e-3 from float64 for eager itself",
+    ),
+    Tolerance(
+        "gradients/accumulated/linear-attention",
+        2e-4,
+        6.8e-5,
+        "float32, documents run one by one against separate rows; qwen3_5",
+    ),
+    Tolerance(
+        "gradients/float64", 5e-6, 9.4e-7, "float64 with float32 islands; qwen3_5_moe-text smoothed"
+    ),
+    Tolerance(
+        "parameters/one step in float64",
+        1e-6,
+        3.3e-7,
+        "AdamW, lr 1e-3, whole against split batch; gemma3n, whose norms are float32",
+    ),
+    Tolerance(
+        "gradients/accumulated", 1e-4, 3.2e-5, "float32, packed against separate; gemma4-e2b lora"
+    ),
 )
 
 TOLERANCES: dict[str, Tolerance] = {row.name: row for row in _ROWS}

@@ -32,8 +32,8 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Request:
-    """An upgrade to judge. before, after: texts of `NAME==VERSION`; jobs: runs at once; root: the cache;
-    keep: a folder to write both reports into."""
+    """An upgrade to judge. before, after: texts of `NAME==VERSION`; jobs: runs at once (0: as many
+    as cores); root: the cache; keep: a folder to write both reports into."""
 
     before: tuple[str, ...]
     after: tuple[str, ...]

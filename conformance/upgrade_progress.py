@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,21 +14,52 @@ from conformance.upgrade import Request, Upgrade
 
 
 def judge(request: Request) -> Comparison:
-    """Judge an upgrade, showing what goes on. Raises InputError."""
+    """Judge an upgrade, showing what goes on: bars on a terminal, lines elsewhere.
+
+    Raises InputError.
+    """
     console = Console(stderr=True, highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+
+    def say(text: str) -> None:
+        console.print(escape(text), soft_wrap=True)
+
+    if not console.is_terminal:
+        return Upgrade(request, say, _Lines(say)).judge()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+    )
     with Progress(*columns, TimeElapsedColumn(), console=console) as bars:
-        tasks: dict[str, TaskID] = {}
+        return Upgrade(request, say, _Bars(bars)).judge()
 
-        def say(text: str) -> None:
-            bars.console.print(escape(text))
 
-        def progress(runs: Sequence[Run]) -> None:
-            for run in runs:
-                key = str(run.folder)
-                if key not in tasks:
-                    words = f"{run.label}{' (cached)' if run.cached else ''}"
-                    tasks[key] = bars.add_task(escape(words), total=100)
-                bars.update(tasks[key], completed=run.percent)
+class _Lines:
+    """A line when a run is done."""
 
-        return Upgrade(request, say, progress).judge()
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.done: set[str] = set()
+
+    def __call__(self, runs: Sequence[Run]) -> None:
+        for run in runs:
+            key = str(run.folder)
+            if run.percent == 100 and key not in self.done:
+                self.done.add(key)
+                self.say(f"{run.label}: {'from the cache' if run.cached else 'done'}")
+
+
+class _Bars:
+    """A bar for each run."""
+
+    def __init__(self, bars: Progress) -> None:
+        self.bars = bars
+        self.tasks: dict[str, TaskID] = {}
+
+    def __call__(self, runs: Sequence[Run]) -> None:
+        for run in runs:
+            key = str(run.folder)
+            if key not in self.tasks:
+                words = f"{run.label}{' (cached)' if run.cached else ''}"
+                self.tasks[key] = self.bars.add_task(escape(words), total=100)
+            self.bars.update(self.tasks[key], completed=run.percent)

@@ -1,8 +1,8 @@
 """How to train these models rightly: the reference implementation, usable on its own.
 
 The names below are loaded when they are first used, so that importing this package costs no torch.
-A verb that is also the name of its module is imported from there: `from impl.prepare import prepare`,
-and likewise `detect`, `plan`, `build`, `collate`, `loss`, `fit`.
+A verb that is also the name of its module is imported from there: `from impl.prepare import
+prepare`, and likewise `detect`, `plan`, `build`, `collate`, `loss`, `fit`.
 """
 
 from __future__ import annotations

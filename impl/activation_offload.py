@@ -1,9 +1,11 @@
-"""Activation offloading: what autograd saves goes to host memory or to disk, and comes back for the backward.
+"""Activation offloading: what autograd saves goes to host memory or to disk, and comes back for the
+backward.
 
-Modes: True (pinned host memory, copied on a stream of its own), "legacy" (no stream), "disk", and "hidden_states"
-(only the inputs of checkpointed layers). On the CPU the same path makes copies, so that a mistake about aliasing
-shows there too. Small tensors and parameters stay. Everything that is kept belongs to the autograd graph: it goes
-when the graph goes, whether or not it was ever asked for.
+Modes: True (pinned host memory, copied on a stream of its own), "legacy" (no stream), "disk", and
+"hidden_states" (only the inputs of checkpointed layers). On the CPU the same path makes copies, so
+that a mistake about aliasing shows there too. Small tensors and parameters stay. Everything that is
+kept belongs to the autograd graph: it goes when the graph goes, whether or not it was ever asked
+for.
 """
 
 from __future__ import annotations
@@ -35,13 +37,13 @@ STASH = 5
 class Stash:
     """One saved tensor, away from its device; owned by the autograd graph alone.
 
-    `source` is a weak reference to the storage it came from: while it is held the storage's address cannot be
-    another's, so that a stash found by address is never a stale one.
+    `source` is a weak reference to the storage it came from: while it is held the storage's address
+    cannot be another's, so that a stash found by address is never a stale one.
     """
 
     def __init__(self, tensor: torch.Tensor, keeper: Keeper) -> None:
         self.device = tensor.device
-        self.source = StorageWeakRef(tensor.untyped_storage())
+        self.source = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
         self.keeper = keeper
         self.requires_grad = tensor.requires_grad
         self.token: Any = keeper.put(tensor)
@@ -74,23 +76,25 @@ class StreamKeeper(Keeper):
         self.pending: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
 
     def put(self, tensor: torch.Tensor) -> Any:
+        """Start the copy to pinned memory; the tensor lives until it is done."""
         if not tensor.is_cuda:
             return super().put(tensor)
         if self.stream is None:
-            self.stream = torch.cuda.Stream(tensor.device)
+            self.stream = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
         current = torch.cuda.current_stream(tensor.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
             host = _host_like(tensor).copy_(tensor, non_blocking=True)
-            done = torch.cuda.Event()
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self.stream)
         self.pending.append((done, tensor))
         while len(self.pending) > STASH:
-            # Memory freed now is reused in the current stream's order, so that waiting there is enough.
+            # Memory freed now is reused in the current stream's order: waiting there is enough.
             current.wait_event(self.pending.popleft()[0])
         return host
 
     def get(self, token: Any, device: torch.device) -> torch.Tensor:
+        """Start the copy back; the current stream waits for it."""
         if device.type != "cuda" or self.stream is None:
             return super().get(token, device)
         current = torch.cuda.current_stream(device)
@@ -107,6 +111,7 @@ class StreamKeeper(Keeper):
             current.wait_event(self.pending.popleft()[0])
 
     def close(self) -> None:
+        """Wait for copies that are still under way."""
         for done, _ in self.pending:
             done.synchronize()
         self.pending.clear()
@@ -121,15 +126,18 @@ class DiskKeeper(Keeper):
         self._remove = weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
 
     def put(self, tensor: torch.Tensor) -> Any:
+        """Write a file."""
         path = self.directory / str(self.count)
         self.count += 1
         torch.save(_host_like(tensor, pinned=False).copy_(tensor), path)
         return _File(path)
 
     def get(self, token: Any, device: torch.device) -> torch.Tensor:
+        """Read the file."""
         return torch.load(token.path, weights_only=True).to(device)  # type: ignore[no-any-return]
 
     def close(self) -> None:
+        """Remove the directory."""
         self._remove()
 
 
@@ -142,7 +150,8 @@ class _File:
 
 
 def _like(tensor: torch.Tensor, device: torch.device | str, pinned: bool = False) -> torch.Tensor:
-    """An empty tensor of the same layout where it is dense, else contiguous: a view's gaps are not copied."""
+    """An empty tensor of the same layout where it is dense, else contiguous: a view's gaps are not
+    copied."""
     with torch.no_grad():
         if not pinned:
             return torch.empty_like(tensor, device=device, memory_format=torch.preserve_format)
@@ -158,36 +167,46 @@ def _host_like(tensor: torch.Tensor, pinned: bool = True) -> torch.Tensor:
 class Offloader:
     """The pair of saved-tensor hooks; `context()` puts them in force."""
 
-    def __init__(self, keeper: Keeper, wanted: Callable[[torch.Tensor], bool] | None = None) -> None:
+    def __init__(
+        self, keeper: Keeper, wanted: Callable[[torch.Tensor], bool] | None = None
+    ) -> None:
         self.keeper = keeper
         self.wanted = wanted
         self.parameters: set[int] = set()
         self.packed = 0
         self.packed_bytes = 0
-        self._known: weakref.WeakValueDictionary[tuple[Any, ...], Stash] = weakref.WeakValueDictionary()
+        self._known: weakref.WeakValueDictionary[tuple[Any, ...], Stash] = (
+            weakref.WeakValueDictionary()
+        )
 
     def learn(self, model: nn.Module) -> None:
-        """Note the parameters' storages, which are never offloaded; sharding and steps may have moved them."""
+        """Note the parameters' storages, which are never offloaded; sharding and steps may have
+        moved them."""
         self.parameters = {
-            parameter.untyped_storage().data_ptr()
+            parameter.untyped_storage()._cdata
             for parameter in model.parameters()
             if not isinstance(parameter, DTensor)
         }
 
     def eligible(self, tensor: torch.Tensor) -> bool:
         """Is a saved tensor one to offload?"""
-        if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.is_quantized:
+        if (
+            type(tensor) is not torch.Tensor
+            or tensor.layout != torch.strided
+            or tensor.is_quantized
+        ):
             return False  # parameters, DTensors and other subclasses stay
         if tensor.numel() * tensor.element_size() < SMALLEST_BYTES:
             return False
         if isinstance(tensor._base, nn.Parameter):
             return False
-        if tensor.untyped_storage().data_ptr() in self.parameters:
+        if tensor.untyped_storage()._cdata in self.parameters:
             return False
         return self.wanted is None or self.wanted(tensor)
 
     def pack(self, tensor: torch.Tensor) -> Any:
-        """Called by autograd for what it saves; the same view of the same content is stashed once."""
+        """Called by autograd for what it saves; the same view of the same content is stashed
+        once."""
         if not self.eligible(tensor):
             return tensor
         storage = tensor.untyped_storage()
@@ -217,14 +236,19 @@ def _keeper(mode: bool | str) -> Keeper:
     return Keeper() if mode == "legacy" else StreamKeeper()
 
 
-def enable(model: nn.Module, mode: bool | str) -> Callable[[], None]:
+def enable(model: nn.Module, mode: bool | str, keeper: Keeper | None = None) -> Callable[[], None]:
     """Offload the activations of every training forward of `model`; returns the undo.
 
-    Refused: an unknown mode; reentrant checkpointing where layers share keys and values (gradients of the producers
-    are lost, L1); "hidden_states" without checkpointing, which would offload nothing.
+    keeper: where tensors go, if not where the mode says.
+
+    Refused: an unknown mode; reentrant checkpointing where layers share keys and values (gradients
+    of the producers are lost, L1); "hidden_states" without checkpointing, which would offload
+    nothing.
     """
     if mode not in MODES:
-        raise Refused(f"activation offloading {mode!r}; it is one of True, 'legacy', 'disk', 'hidden_states'")
+        raise Refused(
+            f"activation offloading {mode!r}; it is one of True, 'legacy', 'disk', 'hidden_states'"
+        )
     layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     layers = [layer for layer in layers if hasattr(layer, "_gradient_checkpointing_func")]
     _refuse_reentrant(model, layers)
@@ -232,12 +256,13 @@ def enable(model: nn.Module, mode: bool | str) -> Callable[[], None]:
         layers = [layer for layer in layers if not isinstance(layer, _model_class())]
         if not layers:
             raise Refused("activation offloading 'hidden_states' needs checkpointing; it is off")
-        return _offload_layer_inputs(layers)
-    return _offload_everything(model, Offloader(_keeper(mode)))
+        return _offload_layer_inputs(layers, keeper or StreamKeeper())
+    return _offload_everything(model, Offloader(keeper or _keeper(mode)))
 
 
 def _model_class() -> Any:
-    """transformers' model base class: some models carry the checkpointing flag beside their layers."""
+    """transformers' model base class: some models carry the checkpointing flag beside their
+    layers."""
     from transformers import PreTrainedModel
 
     return PreTrainedModel
@@ -245,15 +270,16 @@ def _model_class() -> Any:
 
 def _refuse_reentrant(model: nn.Module, layers: list[nn.Module]) -> None:
     """Reentrant checkpointing and shared K/V do not go together, whatever is offloaded."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     shared = getattr(text, "num_kv_shared_layers", 0)
     for layer in layers:
         function = layer._gradient_checkpointing_func
         if shared and getattr(function, "keywords", {}).get("use_reentrant"):
             raise Refused(
-                f"activation offloading with reentrant checkpointing: {shared} layers share keys and values, "
-                "whose producers would get wrong gradients; use non-reentrant checkpointing"
+                f"activation offloading with reentrant checkpointing: {shared} layers share keys"
+                " and values, whose producers would get wrong gradients; use non-reentrant"
+                " checkpointing"
             )
 
 
@@ -283,11 +309,11 @@ def _offload_everything(model: nn.Module, offloader: Offloader) -> Callable[[], 
     return undo
 
 
-def _offload_layer_inputs(layers: list[nn.Module]) -> Callable[[], None]:
-    """Put the hooks around each layer's checkpoint: what that saves is the layer's inputs, and only the hidden
-    states of those are worth moving (the first argument; what is shared by all layers stays)."""
-    keeper = StreamKeeper()
-    originals = [layer._gradient_checkpointing_func for layer in layers]
+def _offload_layer_inputs(layers: list[nn.Module], keeper: Keeper) -> Callable[[], None]:
+    """Put the hooks around each layer's checkpoint: what that saves is the layer's inputs, and only
+    the hidden states of those are worth moving (the first argument; what is shared by all layers
+    stays)."""
+    originals: list[Any] = [layer._gradient_checkpointing_func for layer in layers]
 
     def offloading(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

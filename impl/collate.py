@@ -88,7 +88,7 @@ def _row(
     index: int, sample: Mapping[str, Any], type_ids: str | None, ignored_ids: Collection[int]
 ) -> dict[str, Tensor]:
     ids = torch.as_tensor(sample["input_ids"]).long().flatten()
-    labels = torch.as_tensor(sample["labels"] if "labels" in sample else ids).long().clone()
+    labels = torch.as_tensor(sample.get("labels", ids)).long().clone()
     row = {"input_ids": ids, "labels": labels}
     if type_ids is not None:
         row[type_ids] = torch.as_tensor(sample.get(type_ids, torch.zeros_like(ids))).long()

@@ -1,15 +1,18 @@
-"""Context parallel: each rank holds a slice of every row, and gathers what attention needs of the others.
+"""Context parallel: each rank holds a slice of every row, and gathers what attention needs of the
+others.
 
-Every rank is given the whole batch. Embeddings, images and masks are computed for the whole rows, by the model's
-own code, from global positions; the first decoder layer cuts the hidden states to this rank's slice and all
-layers work on it. Attention gathers the keys and values of all ranks under autograd (the backward sums their
-gradients back), so sliding windows, image blocks and packed rows are right because nothing about them is local.
-The mask is built for this rank's queries only, from the model's own mask function with a query offset.
-A recurrent layer cannot be cut: it gathers its input and keeps its slice of the output.
+Every rank is given the whole batch. Embeddings, images and masks are computed for the whole rows,
+by the model's own code, from global positions; the first decoder layer cuts the hidden states to
+this rank's slice and all layers work on it. Attention gathers the keys and values of all ranks
+under autograd (the backward sums their gradients back), so sliding windows, image blocks and packed
+rows are right because nothing about them is local. The mask is built for this rank's queries only,
+from the model's own mask function with a query offset. A recurrent layer cannot be cut: it gathers
+its input and keeps its slice of the output.
 
-What comes out are the logits of this rank's slice and, with labels, its share of the loss: labels are shifted
-before they are cut, so that no prediction across a border is lost. Each rank's parameter gradients are its
-share of the sum; DistributedDataParallel over the same ranks adds them up.
+What comes out are the logits of this rank's slice and, with labels, its share of the loss: labels
+are shifted before they are cut, so that no prediction across a border is lost. Each rank's
+parameter gradients are its share of the sum; DistributedDataParallel over the same ranks adds them
+up.
 """
 
 from __future__ import annotations
@@ -60,7 +63,8 @@ class Span:
 
 
 class _Gather(torch.autograd.Function):
-    """Concatenate all ranks' slices along `dim`; backward returns the sum over ranks of this slice's gradient."""
+    """Concatenate all ranks' slices along `dim`; backward returns the sum over ranks of this
+    slice's gradient."""
 
     @staticmethod
     def forward(ctx: Any, local: torch.Tensor, span: Span, dim: int, group: Any) -> torch.Tensor:
@@ -68,13 +72,15 @@ class _Gather(torch.autograd.Function):
         padded = _padded(local.movedim(dim, 0), max(span.sizes))
         whole = padded.new_empty(span.ranks * padded.shape[0], *padded.shape[1:])
         dist.all_gather_into_tensor(whole, padded, group=group)
-        parts = [part[:size] for part, size in zip(whole.chunk(span.ranks), span.sizes, strict=True)]
+        parts = [
+            part[:size] for part, size in zip(whole.chunk(span.ranks), span.sizes, strict=True)
+        ]
         return torch.cat(parts).movedim(0, dim).contiguous()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         span, longest = ctx.span, max(ctx.span.sizes)
-        parts = gradients[0].movedim(ctx.dim, 0).split(span.sizes)
+        parts = torch.split(gradients[0].movedim(ctx.dim, 0), span.sizes)
         whole = torch.cat([_padded(part, longest) for part in parts]).contiguous()
         local = whole.new_empty(longest, *whole.shape[1:])
         dist.reduce_scatter_tensor(local, whole, group=ctx.group)
@@ -91,7 +97,7 @@ def _padded(tensor: torch.Tensor, size: int) -> torch.Tensor:
 
 def gather(local: torch.Tensor, span: Span, dim: int, group: Any) -> torch.Tensor:
     """All ranks' slices as one tensor, under autograd."""
-    result: torch.Tensor = _Gather.apply(local, span, dim, group)
+    result: torch.Tensor = _Gather.apply(local, span, dim, group)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -108,7 +114,9 @@ class ContextParallel:
         _check(self.config)
         self.base: str = self.config._attn_implementation
         if self.base not in ("eager", "sdpa"):
-            raise Refused(f"cp: attention implementation {self.base!r}; it can be 'sdpa' or 'eager'")
+            raise Refused(
+                f"cp: attention implementation {self.base!r}; it can be 'sdpa' or 'eager'"
+            )
         self._mask = ALL_MASK_ATTENTION_FUNCTIONS[self.base]
         AttentionInterface.register(IMPLEMENTATION, self.attend)
         AttentionMaskInterface.register(IMPLEMENTATION, self.mask)
@@ -135,9 +143,11 @@ class ContextParallel:
         return Span(total, self.rank, self.ranks)
 
     def cut(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Before a decoder layer: whole rows to this rank's slice, and the span for what lies inside.
+        """Before a decoder layer: whole rows to this rank's slice, and the span for what lies
+        inside.
 
-        The rotary tensors are whole at every layer and so tell the length; hidden states are whole at the first.
+        The rotary tensors are whole at every layer and so tell the length; hidden states are whole
+        at the first.
         """
         names = list(inspect.signature(type(layer).forward).parameters)[1 : len(args) + 1]
         kwargs = dict(kwargs)
@@ -145,7 +155,9 @@ class ContextParallel:
         span = self.span(_row_length(rotary))
 
         def cut(item: Any, dim: int) -> Any:
-            whole = isinstance(item, torch.Tensor) and item.ndim > 1 and item.shape[dim] == span.total
+            whole = (
+                isinstance(item, torch.Tensor) and item.ndim > 1 and item.shape[dim] == span.total
+            )
             return span.cut(item, dim) if whole else item
 
         for name, value in kwargs.items():
@@ -177,14 +189,19 @@ class ContextParallel:
         else:
             key, value = gather(key, span, 2, self.group), gather(value, span, 2, self.group)
         kwargs["is_causal"] = False  # the mask says it all
-        return self._forward(module)(module, query, key, value, attention_mask, **kwargs)
+        forward = self._forward(module)
+        result: tuple[torch.Tensor, torch.Tensor | None] = forward(
+            module, query, key, value, attention_mask, **kwargs
+        )
+        return result
 
     def _forward(self, module: nn.Module) -> Callable[..., Any]:
         """The attention function that the model would have used."""
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         if self.base == "eager":
-            found: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+            modelling: Any = sys.modules[type(module).__module__]
+            found: Callable[..., Any] = modelling.eager_attention_forward
             return found
         return ALL_ATTENTION_FUNCTIONS[self.base]  # type: ignore[no-any-return]
 
@@ -227,18 +244,29 @@ class ContextParallel:
         ]
 
     def cut_labels(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Before the model: labels shifted, then cut; a cache is left out, it would hold a slice."""
+        """Before the model: labels shifted, then cut; a cache is left out, it would hold a
+        slice."""
         kwargs = dict(kwargs)
         kwargs["use_cache"] = False
-        labels = kwargs.get("labels")
-        if labels is not None:
+        labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
+        tokens = next(
+            (kwargs[n] for n in ("input_ids", "inputs_embeds") if kwargs.get(n) is not None), None
+        )
+        if shifted is not None and tokens is not None and shifted.shape[-1] == tokens.shape[1]:
+            kwargs["labels"] = kwargs["shift_labels"] = self.cut_targets(shifted)
+        elif shifted is None and labels is not None:
             kwargs["labels"] = kwargs["shift_labels"] = self.split_labels(labels)
         return args, kwargs
 
+    def cut_targets(self, targets: torch.Tensor) -> torch.Tensor:
+        """This rank's slice of targets [batch, whole] that are shifted already."""
+        return self.span(targets.shape[-1]).cut(targets, -1).contiguous()
+
     def split_labels(self, labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
-        """The targets of this rank's slice: labels [batch, whole] → [batch, local], already shifted."""
+        """The targets of this rank's slice: labels [batch, whole] → [batch, local], already
+        shifted."""
         shifted = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        return self.span(labels.shape[-1]).cut(shifted, -1).contiguous()
+        return self.cut_targets(shifted)
 
 
 def _attention_config(layers: list[nn.Module]) -> Any:
@@ -258,7 +286,8 @@ def _check(config: Any) -> None:
     """Refuse what would be computed from a slice alone."""
     if getattr(config, "output_router_logits", False):
         raise Refused(
-            "cp: the auxiliary loss is a product of means over all tokens; a slice's own is another loss"
+            "cp: the auxiliary loss is a product of means over all tokens; a slice's own is"
+            " another loss"
         )
 
 
@@ -272,12 +301,15 @@ def _row_length(rotary: list[Any]) -> int:
     lengths: list[int] = []
     tree_map(lambda item: lengths.append(item.shape[-2]), rotary)
     if not lengths:
-        raise Refused("cp: the decoder layer is given no rotary embeddings that tell the row's length")
+        raise Refused(
+            "cp: the decoder layer is given no rotary embeddings that tell the row's length"
+        )
     return max(lengths)
 
 
 def enable(model: nn.Module, wrap_classes: tuple[str, ...], mesh: Any) -> ContextParallel:
-    """Make a model work on slices; the handle has `undo`, `span` and `split_labels`. One model at a time."""
+    """Make a model work on slices; the handle has `undo`, `span` and `split_labels`. One model at a
+    time."""
     handle = ContextParallel(model, wrap_classes, mesh)
     object.__setattr__(model, "context_parallel", handle)
     return handle
@@ -290,3 +322,10 @@ def handle_of(model: nn.Module) -> ContextParallel | None:
         if isinstance(handle, ContextParallel):
             return handle
     return None
+
+
+def local_targets(model: nn.Module, targets: torch.Tensor) -> torch.Tensor:
+    """The targets (shifted labels) [batch, whole] that belong to the logits that `model` gives on
+    this rank."""
+    handle = handle_of(model)
+    return targets if handle is None else handle.cut_targets(targets)

@@ -31,17 +31,29 @@ def loss(
     (Megatron-LM#3672). label_smoothing: the share given to the uniform distribution.
     """
     inputs = dict(batch)
-    targets = shifted(inputs.pop("labels", None), inputs.pop("shift_labels", None))
     state = state_of(model)
     if state is not None and state.fused_loss and not label_smoothing:
+        targets = shifted(inputs.pop("labels", None), inputs.pop("shift_labels", None))
         return _fused(model, inputs, targets, num_items_in_batch)
+    return loss_and_outputs(model, inputs, num_items_in_batch, label_smoothing)[0]
+
+
+def loss_and_outputs(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    num_items_in_batch: Tensor | float | None = None,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Any]:
+    """As `loss`, from logits even where the loss is fused, with the model's outputs."""
+    inputs = dict(batch)
+    targets = shifted(inputs.pop("labels", None), inputs.pop("shift_labels", None))
     inputs.setdefault("use_cache", False)
     outputs = model(**inputs)
     total, count = summed(outputs.logits, targets, label_smoothing)
     extra = _auxiliary(model, outputs)
     if extra is not None:
         total = total + extra.to(total) * count
-    return total / denominator(num_items_in_batch, count, total)
+    return total / denominator(num_items_in_batch, count, total), outputs
 
 
 def shifted(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor:
@@ -91,11 +103,15 @@ def _auxiliary(model: nn.Module, outputs: Any) -> Tensor | None:
 def _fused(
     model: nn.Module, inputs: dict[str, Any], targets: Tensor, items: Tensor | float | None
 ) -> Tensor:
-    """The loss from hidden states, by the head that `prepare` replaced; it makes no logits."""
+    """The loss from hidden states, by the head that `prepare` replaced; it makes no logits.
+
+    The model adds its load-balancing loss whole; it is brought to this batch's share here.
+    """
     count = (targets != IGNORED).sum()
-    inputs.setdefault("use_cache", False)
     divisor = denominator(items, count, torch.zeros((), device=targets.device))
+    inputs.setdefault("use_cache", False)
     outputs = model(**inputs, labels=targets, shift_labels=targets, num_items_in_batch=divisor)
     result = outputs.loss
     assert isinstance(result, Tensor)
-    return result
+    extra = _auxiliary(model, outputs)
+    return result if extra is None else result + extra.to(result) * (count / divisor - 1)

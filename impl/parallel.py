@@ -1,14 +1,16 @@
-"""A prepared model and a plan → the model spread over ranks, and what a training loop asks of it then.
+"""A prepared model and a plan → the model spread over ranks, and what a training loop asks of it
+then.
 
-`parallelize` spreads; `full_parameters` and `full_gradients` read a spread model as if it were whole;
-`clip_grad_norm`, `no_sync` and `reduce_loss_scale` are what differs between strategies in a step. Tensor and
-expert parallel shard while loading (`parallel_tensor.load_sharded`), so that `parallelize` only checks them.
+`parallelize` spreads; `full_parameters` and `full_gradients` read a spread model as if it were
+whole; `clip_grad_norm`, `no_sync` and `reduce_loss_scale` are what differs between strategies in a
+step. Tensor and expert parallel shard while loading (`parallel_tensor.load_sharded`), so that
+`parallelize` only checks them.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ from . import parallel_data
 from .context_parallel import enable as enable_context_parallel
 from .errors import Refused
 from .parallel_plan import SHARDED_WHILE_LOADING, ParallelPlan, Unsupported
-from .parallel_tensor import check_sharded
+from .parallel_tensor import check_sharded, mend_expert_division
+from .training_plan import TrainingPlan
 
 __all__ = [
     "ParallelPlan",
@@ -48,8 +51,9 @@ _INFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."
 def canonical_name(name: str) -> str:
     """A parameter's name without what wrappers added: DDP, FSDP1, checkpointing, compile, PEFT.
 
-    A base weight under an adapter has its own name back (`q_proj.weight`); adapter weights keep PEFT's
-    (`q_proj.lora_A.default.weight`, and `base_layer.` where two adapters of one module nest).
+    A base weight under an adapter has its own name back (`q_proj.weight`); adapter weights keep
+    PEFT's (`q_proj.lora_A.default.weight`, and `base_layer.` where two adapters of one module
+    nest).
     """
     for infix in _INFIXES:
         name = name.replace(infix, "")
@@ -65,20 +69,25 @@ def canonical_name(name: str) -> str:
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's model (a transformers or a PEFT one) under DDP or FSDP1."""
     while isinstance(model, DistributedDataParallel) or parallel_data.is_fsdp1(model):
-        model = model.module
+        inner: Any = model.module
+        model = inner
     return model
 
 
-def parallelize(model: nn.Module, plan: ParallelPlan, mesh: Any = None) -> nn.Module:
+def parallelize(model: nn.Module, plan: ParallelPlan | TrainingPlan, mesh: Any = None) -> nn.Module:
     """Spread a prepared model over the ranks of `mesh` (a DeviceMesh; None for `single`).
 
-    Refused where the combination would train wrongly, Unsupported where the libraries cannot do it.
+    A TrainingPlan is read for what concerns spreading (`ParallelPlan.from_training`). Refused where
+    the combination would train wrongly, Unsupported where the libraries cannot do it.
     """
+    if isinstance(plan, TrainingPlan):
+        plan = ParallelPlan.from_training(plan)
     if plan.strategy == "single":
         return model
     if plan.strategy in SHARDED_WHILE_LOADING:
         check_sharded(model, plan)
         if plan.strategy == "fsdp2_ep":
+            mend_expert_division(model, plan)
             parallel_data.average_replicated(model)
         return model
     if mesh is None:
@@ -111,7 +120,8 @@ def full_parameters(model: nn.Module, trainable_only: bool = False) -> dict[str,
 
 
 def full_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every gradient that exists, whole, by canonical name. All ranks call it, all get everything."""
+    """Every gradient that exists, whole, by canonical name. All ranks call it, all get
+    everything."""
     with parallel_data.summoned(model, gradients=True):
         return {
             canonical_name(name): _full(parameter.grad)
@@ -121,51 +131,79 @@ def full_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def no_sync(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Backward passes inside accumulate locally; the first one after reduces. A no-op where nothing is reduced."""
+    """Backward passes inside accumulate locally; the first one after reduces. A no-op where nothing
+    is reduced."""
     return parallel_data.no_sync(model)
 
 
-def clip_grad_norm(model: nn.Module, max_norm: float, plan: ParallelPlan | None = None) -> torch.Tensor:
-    """Clip the gradients to a global norm of `max_norm`; returns the norm before, equal on every rank.
+def clip_grad_norm(
+    model: nn.Module, max_norm: float, plan: ParallelPlan | None = None
+) -> torch.Tensor:
+    """Clip the gradients to a global norm of `max_norm`; returns the norm before, equal everywhere.
 
-    DTensors of different meshes (experts beside dense weights) cannot be stacked, so norms are taken mesh by
-    mesh and combined; FSDP1's own method would refuse float64. `plan` is accepted for symmetry; the gradients themselves say how they are sharded.
+    Squares of local shards are summed and reduced layout by layout: DTensors of different meshes
+    (experts beside dense weights) cannot be stacked, and FSDP1's own method refuses float64.
+    `plan` is accepted for symmetry; the gradients themselves say how they are sharded.
     """
-    groups: dict[Any, list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            gradient = parameter.grad
-            sharded = isinstance(gradient, DTensor)
-            key = (gradient.device_mesh, gradient.placements) if sharded else None
-            groups.setdefault(key, []).append(parameter)
-    norms = [_norm([p.grad for p in group if p.grad is not None]) for group in groups.values()]
-    total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    layouts: dict[Any, list[torch.Tensor]] = {}
+    for gradient in gradients:
+        layouts.setdefault(_layout(gradient), []).append(_local(gradient))
+    if not gradients:
+        return torch.zeros(())
+    squares = [_square(layout, tensors) for layout, tensors in layouts.items()]
+    total = torch.stack(squares).sum()
     if parallel_data.is_fsdp1(model):
-        total = parallel_data.norm_over_shards(model, total)
-    for group in groups.values():
-        torch.nn.utils.clip_grads_with_norm_(group, max_norm, total)
+        dist.all_reduce(total, group=model.process_group)
+    total = total.sqrt()
+    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for tensor in map(_local, gradients):
+        tensor.mul_(factor.to(tensor.dtype))
     return total
 
 
-def _norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The norm of gradients that share one layout."""
-    norm = torch.nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part; the same storage."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _layout(tensor: torch.Tensor) -> Any:
+    """How a gradient is spread: None if it is whole on every rank."""
+    return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
+
+
+def _square(layout: Any, tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The squared norm, over all ranks, of gradients of one layout; at least in float32."""
+    norms = torch._foreach_norm(tensors)
+    wide = torch.promote_types(norms[0].dtype, torch.float32)
+    square = torch.stack(norms).to(wide).square().sum()
+    if layout is not None:
+        mesh, placements = layout
+        for dim, placement in enumerate(placements):
+            if placement.is_partial():
+                raise Refused("clip_grad_norm: a gradient is still a partial sum")
+            if not placement.is_replicate():
+                dist.all_reduce(square, group=mesh.get_group(dim))
+    return square
 
 
 def count_items(labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
-    """How many tokens are predicted: labelled ones, without the first of each row. int64, no dimension."""
+    """How many tokens are predicted: labelled ones, without the first of each row. int64, no
+    dimension."""
     return (labels[..., 1:] != ignore_index).sum()
 
 
-def reduce_loss_scale(items: torch.Tensor | int, plan: ParallelPlan, mesh: Any = None) -> torch.Tensor:
-    """What a rank divides its summed loss by (`num_items_in_batch`), so that gradients are those of the mean
-    over all ranks' tokens.
+def reduce_loss_scale(
+    items: torch.Tensor | int, plan: ParallelPlan, mesh: Any = None
+) -> torch.Tensor:
+    """What a rank divides its summed loss by (`num_items_in_batch`), so that gradients are those of
+    the mean over all ranks' tokens.
 
-    `items` counts this rank's labelled tokens over all its micro-batches of a step; context, tensor and expert
-    ranks that share a batch count the whole of it. Data-parallel strategies average gradients, so it is the
-    global count over the number of ranks averaged; one at least, so that a step without labels is zero and not
-    NaN (axolotl#3033). Tensor and expert ranks share the loss and must not multiply it (transformers#45994).
+    `items` counts this rank's labelled tokens over all its micro-batches of a step; context, tensor
+    and expert ranks that share a batch count the whole of it. Data-parallel strategies average
+    gradients, so it is the global count over the number of ranks averaged; one at least, so that a
+    step without labels is zero and not NaN (axolotl#3033). Tensor and expert ranks share the loss
+    and must not multiply it (transformers#45994).
     """
     count = torch.as_tensor(items, dtype=torch.float64)
     if dist.is_initialized() and plan.data > 1:
@@ -185,7 +223,8 @@ def global_loss(loss: torch.Tensor, plan: ParallelPlan) -> torch.Tensor:
 
 
 def gather_state_dict(model: nn.Module, trainable_only: bool = False) -> dict[str, torch.Tensor]:
-    """Parameters and buffers, whole, on the CPU, under the names of `unwrap(model)`. All ranks call it.
+    """Parameters and buffers, whole, on the CPU, under the names of `unwrap(model)`. All ranks call
+    it.
 
     Copies own their storage: a view would keep a whole flat shard alive (axolotl#3597).
     """

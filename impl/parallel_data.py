@@ -1,7 +1,8 @@
 """Data parallel: DDP, FSDP1, and FSDP2 with its hybrid form.
 
-FSDP2 units are the decoder layers and the root: a frozen or never-run tower belongs to the root, because a unit
-of its own that never runs has no unsharded parameter when the deferred backward asks for one (Automodel#2566).
+FSDP2 units are the decoder layers and the root: a frozen or never-run tower belongs to the root,
+because a unit of its own that never runs has no unsharded parameter when the deferred backward asks
+for one (Automodel#2566).
 """
 
 from __future__ import annotations
@@ -37,12 +38,14 @@ def is_fsdp1(model: nn.Module) -> bool:
 def wrapped_modules(model: nn.Module, wrap_classes: tuple[str, ...]) -> list[tuple[str, nn.Module]]:
     """The modules of the classes named, with their paths, innermost first.
 
-    Classes are matched by name along the inheritance line, so that a class that FSDP2 or a checkpoint wrapper
-    derived still counts. Refused if none is there: the default of `_no_split_modules` lists classes that a model
-    without a tower lacks (L18).
+    Classes are matched by name along the inheritance line, so that a class that FSDP2 or a
+    checkpoint wrapper derived still counts. Refused if none is there: the default of
+    `_no_split_modules` lists classes that a model without a tower lacks (L18).
     """
     if not wrap_classes:
-        raise Refused("no class to wrap is named; give the decoder layer's, such as the plan's wrap_classes")
+        raise Refused(
+            "no class to wrap is named; give the decoder layer's, such as the plan's wrap_classes"
+        )
     names = set(wrap_classes)
     found = [
         (path, module)
@@ -55,7 +58,8 @@ def wrapped_modules(model: nn.Module, wrap_classes: tuple[str, ...]) -> list[tup
 
 
 def has_adapter(model: nn.Module) -> bool:
-    """Does the model hold trainable weights beside frozen ones of the same layers, as PEFT leaves it?"""
+    """Does the model hold trainable weights beside frozen ones of the same layers, as PEFT leaves
+    it?"""
     return any(".lora_" in name for name, _ in model.named_parameters())
 
 
@@ -71,13 +75,13 @@ def _reentrant(model: nn.Module) -> bool:
 def ddp(model: nn.Module, mesh: Any, find_unused_parameters: bool) -> nn.Module:
     """`DistributedDataParallel` over the whole mesh.
 
-    Buffers are not broadcast: they are equal from the start, and a broadcast in the forward would add a
-    collective to ranks that run it a different number of times.
+    Buffers are not broadcast: they are equal from the start, and a broadcast in the forward would
+    add a collective to ranks that run it a different number of times.
     """
     if find_unused_parameters and _reentrant(model):
         raise Refused(
-            "ddp: reentrant checkpointing with find_unused_parameters marks a parameter ready twice (L25); "
-            "use non-reentrant checkpointing"
+            "ddp: reentrant checkpointing with find_unused_parameters marks a parameter ready twice"
+            " (L25); use non-reentrant checkpointing"
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise Refused("ddp: no parameter requires a gradient")
@@ -102,16 +106,16 @@ def _without_buffer_broadcast() -> dict[str, Any]:
 def fsdp1(model: nn.Module, plan: ParallelPlan, mesh: Any) -> nn.Module:
     """`FullyShardedDataParallel` with one flat parameter a decoder layer, original parameters kept.
 
-    Refused with adapters: gradient storage covers nearly the whole flat parameter, frozen weights included
-    (gemma4 MoE: 46 404 of 47 972 local elements for 624 trainable ones), and with `use_orig_params=False`
-    torch raises (L19).
+    Refused with adapters: gradient storage covers nearly the whole flat parameter, frozen weights
+    included (gemma4 MoE: 46 404 of 47 972 local elements for 624 trainable ones), and with
+    `use_orig_params=False` torch raises (L19).
     """
     if has_adapter(model):
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in model.parameters())
         raise Refused(
-            f"fsdp1 with adapters stores gradients of frozen weights: about {total} elements for {trainable} "
-            "trainable ones; use fsdp2"
+            f"fsdp1 with adapters stores gradients of frozen weights: about {total} elements for"
+            f" {trainable} trainable ones; use fsdp2"
         )
     units = {type(module) for _, module in wrapped_modules(model, plan.wrap_classes)}
     mixed = None
@@ -127,7 +131,9 @@ def fsdp1(model: nn.Module, plan: ParallelPlan, mesh: Any) -> nn.Module:
         if path.rpartition(".")[2] in plan.ignored_modules
     ]
     if any(p.requires_grad for module in ignored for p in module.parameters()):
-        raise Refused(f"fsdp1: {', '.join(plan.ignored_modules)} would be left whole but is not frozen")
+        raise Refused(
+            f"fsdp1: {', '.join(plan.ignored_modules)} would be left whole but is not frozen"
+        )
     return FullyShardedDataParallel(
         model,
         process_group=mesh.get_group(),
@@ -135,14 +141,17 @@ def fsdp1(model: nn.Module, plan: ParallelPlan, mesh: Any) -> nn.Module:
         mixed_precision=mixed,
         ignored_modules=ignored or None,
         use_orig_params=True,
-        device_id=torch.cuda.current_device() if mesh.device_type == "cuda" else torch.device("cpu"),
+        device_id=torch.cuda.current_device()
+        if mesh.device_type == "cuda"
+        else torch.device("cpu"),
     )
 
 
 def keeps_mutable_arguments() -> bool:
     """Do the installed transformers share K/V in an object that survives input casting?
 
-    FSDP2 casts forward inputs by rebuilding every dict and list; a `UserDict` passes as it is (transformers#45912).
+    FSDP2 casts forward inputs by rebuilding every dict and list; a `UserDict` passes as it is
+    (transformers#45912).
     """
     try:
         from transformers.cache_utils import KVSharingDict
@@ -153,16 +162,17 @@ def keeps_mutable_arguments() -> bool:
 
 def _shares_kv(model: nn.Module) -> bool:
     """Does a decoder layer of the model read another layer's keys and values?"""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return bool(getattr(text, "num_kv_shared_layers", 0))
 
 
 def fsdp2(model: nn.Module, plan: ParallelPlan, mesh: Any) -> nn.Module:
-    """`fully_shard` for every decoder layer, innermost first, then the root; a 2-D mesh makes it hybrid.
+    """`fully_shard` for every decoder layer, innermost first, then the root; a 2-D mesh makes it
+    hybrid.
 
-    Tied weights lie in the root's one unit and stay tied. Under mixed precision the inputs of the layers are cast
-    only if that leaves shared K/V the same object; the root's always are.
+    Tied weights lie in the root's one unit and stay tied. Under mixed precision the inputs of the
+    layers are cast only if that leaves shared K/V the same object; the root's always are.
     """
     policy, unit_policy = MixedPrecisionPolicy(), MixedPrecisionPolicy()
     if plan.dtype is not None:
@@ -192,31 +202,20 @@ def summoned(model: nn.Module, gradients: bool = False) -> Iterator[None]:
     if not is_fsdp1(model):
         yield
         return
-    with FullyShardedDataParallel.summon_full_params(
-        model, writeback=False, with_grads=gradients
-    ):
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False, with_grads=gradients):
         yield
 
 
-def norm_over_shards(model: nn.Module, local: torch.Tensor) -> torch.Tensor:
-    """The norm over all ranks of FSDP1 gradients, from that of this rank's shards.
-
-    Every gradient is sharded: `fsdp1` refuses whole modules that train.
-    """
-    device = next(model.parameters()).device
-    squared = local.to(device).square()
-    torch.distributed.all_reduce(squared, group=model.process_group)
-    return squared.sqrt()
-
-
 class _Averaging:
-    """Averages the gradients of parameters that FSDP2 does not hold, such as adapters added after sharding."""
+    """Averages the gradients of parameters that FSDP2 does not hold, such as adapters added after
+    sharding."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.active = True
         self.ranks = torch.distributed.get_world_size()
         for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(self.average)
+            hook: Any = parameter.register_post_accumulate_grad_hook
+            hook(self.average)
 
     def average(self, parameter: torch.Tensor) -> None:
         """After a backward: what was accumulated locally, averaged over all ranks."""

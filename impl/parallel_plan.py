@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from .errors import Refused
+from .training_plan import TrainingPlan
 
 STRATEGIES = ("single", "ddp", "fsdp1", "fsdp2", "hsdp", "tp", "tp_ep", "fsdp2_ep", "cp")
 SHARDED_WHILE_LOADING = frozenset({"tp", "tp_ep", "fsdp2_ep"})
@@ -14,7 +16,8 @@ SHARDED_WHILE_LOADING = frozenset({"tp", "tp_ep", "fsdp2_ep"})
 
 
 class Unsupported(Refused):
-    """The installed libraries, or the model, cannot do this; the message says which and what can."""
+    """The installed libraries, or the model, cannot do this; the message says which and what
+    can."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,9 @@ class ParallelPlan:
         return self.data * self.context
 
     @classmethod
-    def of(cls, strategy: str, wrap_classes: tuple[str, ...], ranks: int, **fields: object) -> ParallelPlan:
+    def of(
+        cls, strategy: str, wrap_classes: tuple[str, ...], ranks: int, **fields: object
+    ) -> ParallelPlan:
         """The plan of a strategy over `ranks` ranks, with the group sizes that it implies."""
         sizes = {"data": 1, "tensor": 1, "expert": 1, "context": 1}
         if strategy in ("ddp", "fsdp1", "fsdp2", "hsdp", "fsdp2_ep"):
@@ -62,3 +67,23 @@ class ParallelPlan:
         if strategy == "cp":
             sizes["context"] = ranks
         return cls(strategy, wrap_classes, **{**sizes, **fields})  # type: ignore[arg-type]
+
+    @classmethod
+    def from_training(cls, plan: TrainingPlan, ranks: int | None = None) -> ParallelPlan:
+        """What a training plan says about spreading, over `ranks` ranks (None: those of the process
+        group).
+
+        Context parallel cuts at the decoder layers also where the plan wraps none. FSDP1 leaves
+        frozen towers whole: in a flat parameter they would get gradient storage (L19).
+        """
+        if ranks is None:
+            ranks = dist.get_world_size() if dist.is_initialized() else 1
+        facts = getattr(plan.traits, "cls", None)
+        wrap = tuple(plan.wrap_classes) or tuple(getattr(facts, "layer_classes", ()))
+        return cls.of(
+            plan.strategy,
+            wrap,
+            ranks,
+            find_unused_parameters=plan.find_unused_parameters,
+            ignored_modules=tuple(plan.freeze) if plan.strategy == "fsdp1" else (),
+        )

@@ -1,7 +1,8 @@
 """Tensor and expert parallel, sharded by transformers while the checkpoint is loaded.
 
-The working forms of `DistributedConfig` only: `enable_expert_parallel=True` alone does nothing (L8), so it is
-never used, and the local shapes are checked after loading rather than the call being believed.
+The working forms of `DistributedConfig` only: `enable_expert_parallel=True` alone does nothing
+(L8), so it is never used, and the local shapes are checked after loading rather than the call being
+believed.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from .errors import Refused
 from .parallel_plan import ParallelPlan, Unsupported
-
-_EXPERT_STYLES = frozenset({"grouped_gemm", "ep_dispatch_experts"})
+from .patches.expert_parallel_plan import apply_to_config
 
 
 def distributed_config_class() -> Any:
@@ -80,13 +80,16 @@ def number_of_experts(config: Any) -> int:
 
 
 def check_divisible(config: Any, plan: ParallelPlan) -> None:
-    """Refuse sizes that the ranks do not divide: some are a shape error deep inside, some silently wrong."""
+    """Refuse sizes that the ranks do not divide: some are a shape error deep inside, some silently
+    wrong."""
     text = _text_config(config)
     heads = ("num_attention_heads", "num_key_value_heads", "num_global_key_value_heads")
     for name in heads if plan.tensor > 1 else ():
         size = getattr(text, name, None)
         if size is not None and size % plan.tensor:
-            raise Refused(f"{plan.strategy}: {name} is {size}, which {plan.tensor} ranks do not divide")
+            raise Refused(
+                f"{plan.strategy}: {name} is {size}, which {plan.tensor} ranks do not divide"
+            )
     experts = number_of_experts(config)
     if plan.expert > 1 and not experts:
         raise Refused(f"{plan.strategy}: the model has no routed experts to spread")
@@ -94,58 +97,43 @@ def check_divisible(config: Any, plan: ParallelPlan) -> None:
         raise Refused(f"{plan.strategy}: {plan.expert} ranks do not divide {experts} experts")
 
 
-def drop_dense_expert_rules(config: Any) -> tuple[str, ...]:
-    """Keep only the experts' rules in the config's expert-parallel plan; returns the dropped names.
-
-    gemma4 also shards its dense MLP over the expert mesh, which overlaps the one that FSDP wants:
-    "Cannot concatenate overlapping meshes" (L9). The change lives on this config object alone.
-    """
-    text = _text_config(config)
-    rules = dict(getattr(text, "base_model_ep_plan", None) or {})
-    dropped = tuple(name for name, style in rules.items() if style not in _EXPERT_STYLES)
-    if dropped:
-        text.base_model_ep_plan = {n: s for n, s in rules.items() if s in _EXPERT_STYLES}
-    return dropped
-
-
 def load_sharded(
     model_class: Any, path: Path | str, plan: ParallelPlan, **arguments: Any
 ) -> nn.Module:
     """`model_class.from_pretrained(path)`, sharded while loading. All ranks call it.
 
-    `arguments` go to `from_pretrained` (dtype, experts_implementation, …). Refused for sizes that do not divide,
-    Unsupported where the installed transformers cannot.
+    `arguments` go to `from_pretrained` (dtype, experts_implementation, …). Refused for sizes that
+    do not divide, Unsupported where the installed transformers cannot.
     """
     from transformers import AutoConfig
 
     spread = distributed_config(plan)
     config = arguments.pop("config", None) or AutoConfig.from_pretrained(path)
     check_divisible(config, plan)
-    dropped = drop_dense_expert_rules(config) if plan.strategy == "fsdp2_ep" else ()
+    take_back = apply_to_config(config) if plan.strategy == "fsdp2_ep" else None
     model: nn.Module = model_class.from_pretrained(
         path, config=config, distributed_config=spread, **arguments
     )
-    if plan.strategy == "fsdp2_ep":
-        _mend_expert_division(model, plan)
-    if dropped:  # or the trimmed plan would be written into the saved config
-        del _text_config(model.config).base_model_ep_plan
+    if take_back is not None:  # or the trimmed plan would be written into the saved config
+        take_back()
     check_sharded(model, plan)
     return model
 
 
-def _mend_expert_division(model: nn.Module, plan: ParallelPlan) -> None:
+def mend_expert_division(model: nn.Module, plan: ParallelPlan) -> None:
     """Make the expert gradients' divisor what transformers asked for, in float64 and float16 too.
 
-    For dtypes at risk of overflow torch (2.13) divides before the reduction and again after it; where the
-    experts' shard group has one rank it applies the factor in between as well, so that gradients are half of what
-    they should be on two ranks. Measured on a one-weight module, not assumed.
+    For dtypes at risk of overflow torch (2.13) divides before the reduction and again after it;
+    where the experts' shard group has one rank it applies the factor in between as well, so that
+    gradients are half of what they should be on two ranks. Measured on a one-weight module, not
+    assumed.
     """
     from torch.distributed.fsdp import FSDPModule
 
     for name, module in model.named_modules():
         if name.rpartition(".")[2] != "experts" or not isinstance(module, FSDPModule):
             continue
-        dtype = next(module.parameters()).dtype
+        dtype = next(model.get_submodule(name).parameters()).dtype
         mesh = model._mesh_manager.get_mesh("efsdp")  # type: ignore[union-attr, operator]
         if mesh.size() > 1 or dtype not in (torch.float64, torch.float16):
             return
@@ -182,8 +170,8 @@ def local_expert_counts(model: nn.Module) -> dict[str, tuple[int, int]]:
 def refuse_adapters(model: nn.Module, plan: ParallelPlan) -> None:
     """Refuse adapters that PEFT puts on sharded weights but that would fail or train wrongly.
 
-    Rowwise modules: PEFT shards A twice (shape error in the first forward). Stacked experts: PEFT adds the whole
-    adapter to a rank's part of the experts.
+    Rowwise modules: PEFT shards A twice (shape error in the first forward). Stacked experts: PEFT
+    adds the whole adapter to a rank's part of the experts.
     """
     for name, module in model.named_modules():
         if not hasattr(module, "lora_A"):
@@ -191,27 +179,35 @@ def refuse_adapters(model: nn.Module, plan: ParallelPlan) -> None:
         base = module.get_base_layer() if hasattr(module, "get_base_layer") else None
         where = name.removeprefix("base_model.model.")
         if hasattr(module, "parameter_name"):
-            raise Refused(f"{plan.strategy}: an adapter on the experts {where}; use ddp, fsdp2 or cp")
+            raise Refused(
+                f"{plan.strategy}: an adapter on the experts {where}; use ddp, fsdp2 or cp"
+            )
         if plan.tensor > 1 and getattr(base, "_hf_tp_plan", None) == "rowwise":
             raise Refused(f"{plan.strategy}: an adapter on {where}, which is sharded by its input")
 
 
 def refuse_target_parameters(plan: ParallelPlan, target_parameters: tuple[str, ...]) -> None:
-    """The same for stacked experts before PEFT is asked, which would raise an AttributeError of its own."""
+    """The same for stacked experts before PEFT is asked, which would raise an AttributeError of its
+    own."""
     if target_parameters and plan.strategy in ("tp", "tp_ep", "fsdp2_ep"):
-        raise Refused(f"{plan.strategy}: adapters on expert weights are not possible; use ddp, fsdp2 or cp")
+        raise Refused(
+            f"{plan.strategy}: adapters on expert weights are not possible; use ddp, fsdp2 or cp"
+        )
 
 
 def check_sharded(model: nn.Module, plan: ParallelPlan) -> None:
-    """Refuse a model whose experts or weights are not spread as the plan says (X07): the request was ignored."""
+    """Refuse a model whose experts or weights are not spread as the plan says (X07): the request
+    was ignored."""
     refuse_adapters(model, plan)
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise Refused(
-            f"{plan.strategy}: no weight of the model is sharded; load it with parallel_tensor.load_sharded"
+            f"{plan.strategy}: no weight of the model is sharded; load it with"
+            " parallel_tensor.load_sharded"
         )
-    experts = number_of_experts(model.config)  # type: ignore[arg-type]
+    experts = number_of_experts(model.config)
     for name, (local, _) in local_expert_counts(model).items() if plan.expert > 1 else ():
         if local * plan.expert != experts:
             raise Refused(
-                f"{plan.strategy}: {name} has {local} experts here, expected {experts // plan.expert}"
+                f"{plan.strategy}: {name} has {local} experts here,"
+                f" expected {experts // plan.expert}"
             )

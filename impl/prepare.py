@@ -80,7 +80,10 @@ def _kernels(model: nn.Module, plan: TrainingPlan, state: Prepared) -> None:
             from .kernels import cross_entropy_models
         except ImportError as error:
             raise Refused(f"the fused loss is not available here: {error}") from error
-        state.undo.append(cross_entropy_models.enable(unwrap(model)))
+        enabled = cross_entropy_models.enable(unwrap(model))
+        if not enabled.applied:
+            raise Refused(f"the fused loss was asked for: {enabled.reason}")
+        state.undo.append(enabled)
         state.fused_loss = True
 
 

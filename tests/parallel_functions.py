@@ -1,4 +1,5 @@
-"""What `test_parallel.py` runs on ranks: a step under a strategy, against the same step in one process."""
+"""What `test_parallel.py` runs on ranks: a step under a strategy, against the same step in one
+process."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from tests import tiny_models
 
 Evidence = dict[str, Any]
 EPSILON = 1e-6
-"""Of AdamW: an element whose gradient is the noise of float32 islands (1e-9) must not move at full rate."""
+"""Of AdamW: an element whose gradient is the noise of float32 islands (1e-9) must not move at full
+rate."""
 
 
 def mesh_of(strategy: str, world: int) -> Any:
@@ -39,11 +41,8 @@ def loss_of(model: Any, batch: dict[str, torch.Tensor], scale: torch.Tensor) -> 
     """Summed cross-entropy over `scale`, in the logits' own dtype (transformers' is float32)."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     logits = model(**inputs, use_cache=False).logits
-    handle = context_parallel.handle_of(model)
-    if handle is not None:
-        targets = handle.split_labels(batch["labels"])
-    else:
-        targets, logits = batch["labels"][:, 1:], logits[:, :-1]
+    shifted = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    targets = context_parallel.local_targets(model, shifted)
     total = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
     )
@@ -201,3 +200,23 @@ def refusal(context: RankContext, name: str, strategy: str, options: dict[str, A
     except Refused as reason:
         return str(reason)
     return ""
+
+
+def local_bytes(
+    context: RankContext, name: str, strategies: list[str], path: Path
+) -> list[tuple[int, int]]:
+    """Bytes of weights and gradients that this rank holds after a backward, by strategy."""
+    results = []
+    for strategy in strategies:
+        plan = ParallelPlan.of(strategy, (tiny_models.wrap_class(name),), context.world_size)
+        if strategy in ("tp", "tp_ep", "fsdp2_ep"):
+            model = loaded(name, path, {}, plan)
+        else:
+            mesh = mesh_of(strategy, context.world_size)
+            model = parallel.parallelize(tiny_models.build(name), plan, mesh)
+        loss_of(model, tiny_models.rows(), torch.tensor(1.0)).backward()
+        local = [parallel._local(p) for p in model.parameters()]
+        grads = [parallel._local(p.grad) for p in model.parameters() if p.grad is not None]
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in local)
+        results.append((weights, sum(g.numel() * g.element_size() for g in grads)))
+    return results

@@ -1,4 +1,5 @@
-"""Functions that the suite's own tests run on ranks; module-level, so that a rank can import them."""
+"""Functions that the suite's own tests run on ranks; module-level, so that a rank can import
+them."""
 
 from __future__ import annotations
 
@@ -31,9 +32,17 @@ def hello(context: RankContext, scale: torch.Tensor) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "draw": torch.rand(1).item(),
         "pid": os.getpid(),
+        "server_threads": _threads(os.getppid()),
+        "preloaded": "conformance.subject" in sys.modules,
         "scratch": str(context.scratch),
         "marker": os.environ.get("RANKS_TEST_MARKER", ""),
     }
+
+
+def _threads(pid: int) -> int:
+    """The threads of a process; 1 where that cannot be known."""
+    tasks = Path(f"/proc/{pid}/task")
+    return len(list(tasks.iterdir())) if tasks.exists() else 1
 
 
 def raise_on_one(context: RankContext) -> None:
@@ -73,7 +82,8 @@ def skip_collective(context: RankContext) -> None:
 
 
 def hang(context: RankContext, directory: str = "") -> None:
-    """Every rank sleeps; its id and its scratch directory are left in `directory` for the one who looks."""
+    """Every rank sleeps; its id and its scratch directory are left in `directory` for the one who
+    looks."""
     if directory:
         text = f"{os.getpid()} {context.scratch}"
         Path(directory, f"rank.{context.rank}").write_text(text)
@@ -95,7 +105,8 @@ def twice(context: RankContext, fail: bool) -> tuple[int, list[int]]:
 
 
 def launched() -> None:
-    """What each rank of the two `torchrun` agents does: a good call, a failing one, and a good one again."""
+    """What each rank of the two `torchrun` agents does: a good call, a failing one, and a good one
+    again."""
     from conformance import ranks
 
     good = ranks.run(2, twice, False, timeout=20.0)

@@ -1,4 +1,5 @@
-"""Activation offloading on the CPU: the same gradients, the right views, nothing kept, honest refusals."""
+"""Activation offloading on the CPU: the same gradients, the right views, nothing kept, honest
+refusals."""
 
 from __future__ import annotations
 
@@ -140,7 +141,8 @@ def test_small_tensors_and_parameters_stay() -> None:
 
 
 def test_a_graph_that_is_dropped_frees_everything() -> None:
-    """Saved tensors that no backward asks for go with the graph; a second backward finds its own."""
+    """Saved tensors that no backward asks for go with the graph; a second backward finds its
+    own."""
     offloader = Offloader(Counting())
     x = torch.randn(64, 64, requires_grad=True)
     with offloader.context():

@@ -50,7 +50,8 @@ def _alive(pid: int) -> bool:
 
 @pytest.fixture(scope="module")
 def agents(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list]]:
-    """Two `torchrun` agents side by side that stand for two hosts, started before the other tests."""
+    """Two `torchrun` agents side by side that stand for two hosts, started before the other
+    tests."""
     directory = tmp_path_factory.mktemp("agents")
     port = _free_port()
     launch = ("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1")
@@ -97,7 +98,8 @@ def nothing_left(agents: tuple, parents: dict) -> Iterator[None]:
 
 
 def test_results_come_back_by_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every rank is fresh: seeded alike, one thread, no CUDA context, the parent's environment now."""
+    """Every rank is fresh: seeded alike, one thread, no CUDA context, the parent's environment
+    now."""
     monkeypatch.setenv("RANKS_TEST_MARKER", "now")
     first = ranks.run(2, functions.hello, torch.ones(3))
     again = ranks.run(2, functions.hello, torch.ones(3))
@@ -106,6 +108,8 @@ def test_results_come_back_by_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {each["draw"] for each in first + again} == {first[0]["draw"]}
     assert not any(each["cuda"] for each in first)
     assert all(each["threads"] == 1 and each["marker"] == "now" for each in first)
+    assert all(each["server_threads"] == 1 for each in first), "a fork would lose threads"
+    assert all(each["preloaded"] for each in first)
     assert len({each["pid"] for each in first + again}) == 4
     assert not Path(first[0]["scratch"]).exists()
     assert not any(_alive(each["pid"]) for each in first + again)
@@ -131,7 +135,8 @@ def test_one_rank_raises() -> None:
     ],
 )
 def test_one_rank_is_killed(fn: object, place: str) -> None:
-    """A killed rank is named with its last place, not the peer that complains of a lost connection."""
+    """A killed rank is named with its last place, not the peer that complains of a lost
+    connection."""
     with pytest.raises(ranks.RankFailed, match="rank 1 was killed by SIGKILL") as caught:
         ranks.run(2, fn, timeout=20.0)
     assert caught.value.rank == 1
@@ -189,7 +194,8 @@ def test_parent_dies(number: signal.Signals, parents: dict) -> None:
 
 
 def test_two_agents_stand_for_two_hosts(agents: tuple) -> None:
-    """Under `torchrun` the same call runs in place: all results on every rank, a failure on every rank."""
+    """Under `torchrun` the same call runs in place: all results on every rank, a failure on every
+    rank."""
     directory, processes = agents
     assert [process.wait(120.0) for process in processes] == [0, 0]
     lines = sorted((directory / f"launched.{rank}").read_text() for rank in range(2))

@@ -1,4 +1,5 @@
-"""Tiny models for the suite's own tests of `impl`: the shapes of `families.md` §11, jittered by name.
+"""Tiny models for the suite's own tests of `impl`: the shapes of `families.md` §11, jittered by
+name.
 
 Independent of `conformance.families`, so that these tests stand alone.
 """
@@ -225,7 +226,8 @@ def packed_row() -> dict[str, torch.Tensor]:
 
 
 def image_rows(count: int = 2) -> dict[str, torch.Tensor]:
-    """Rows of 14 tokens with an image of four at 5–8: across the middle of the row, wider than nothing."""
+    """Rows of 14 tokens with an image of four at 5–8: across the middle of the row, wider than
+    nothing."""
     batch = rows(count, 14)
     generator = torch.Generator().manual_seed(11)
     image = slice(5, 9)

@@ -152,20 +152,16 @@ def layer_reach(model: nn.Module, spec: Model, batch: Mapping[str, Any]) -> list
 
 
 def _reach_of(output: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+    """(B, Q, K), of states (B, S, H) or stacks of them (N, B, S, H); rows of a batch are apart."""
     generator = torch.Generator().manual_seed(0)
     probe = torch.rand(output.shape[-1], generator=generator, dtype=torch.float64).to(output) + 0.5
     sources = [leaf for leaf in leaves if leaf.shape[:-1] == output.shape[:-1]]
     rows = []
-    for query in range(output.shape[1]):
-        found = torch.autograd.grad(
-            output[:, query] @ probe,
-            sources,
-            torch.ones_like(output[:, query, 0]),
-            retain_graph=True,
-            allow_unused=True,
-        )
-        hits = [(g != 0).any(-1) for g in found if g is not None]
-        rows.append(torch.stack(hits).any(0))
+    for query in range(output.shape[-2]):
+        told = (output.select(-2, query) @ probe).sum()
+        found = torch.autograd.grad(told, sources, retain_graph=True, allow_unused=True)
+        hits = [(g != 0).any(-1).reshape(-1, *g.shape[-3:-1]) for g in found if g is not None]
+        rows.append(torch.cat(hits).any(0))
     return torch.stack(rows, dim=1)
 
 

@@ -130,7 +130,7 @@ def test_tiny_obeys_the_fixture_rules(case: Case, subject: Subject) -> None:
 @check(
     "X07",
     needs=("prepare", "loss"),
-    varies=("tuning", "checkpointing", "offload", "kernels", "batch"),
+    varies=("tuning", "checkpointing", "offload"),
 )
 def test_requested_features_take_effect(case: Case, subject: Subject, measured: Measured) -> None:
     """What a setting asks for is seen to happen: adapters, recomputation, offloading, no logits.

@@ -36,25 +36,21 @@ CHECKPOINTED = (
     "ckpt-nonreentrant+images",
     "ckpt-reentrant+images",
 )
+REPEATED = ("-", "lora", "lora-experts", "kernels", "lora+kernels", "lora-experts+kernels")
 
 
 @check(
     "M01",
     needs=("prepare", "loss"),
-    varies=("dtype", "tuning", "checkpointing", "batch", "offload", "kernels"),
-    marks=("smoke",),
+    varies=("dtype", "tuning", "kernels"),
 )
 def test_builds_and_steps(case: Case, subject: Subject, measured: Measured) -> None:
     """The model builds, takes a step, and its loss starts near ln V.
 
     https://github.com/huggingface/trl/issues/5421
     """
-    try:
-        model = subject.model()
-        step = subject.step(model, subject.batch())
-    except subject.refusals:
-        measured["declined"] = 1.0
-        return
+    model = subject.model()
+    step = subject.step(model, subject.batch())
     uniform = math.log(unwrapped(model).get_output_embeddings().weight.shape[0])
     assert step.loss is not None and finite(step), f"{case.id}: loss {step.loss}, or a gradient"
     assert global_norm(step.gradients) > 0, f"{case.id}: no gradient at all"
@@ -70,7 +66,7 @@ def test_builds_and_steps(case: Case, subject: Subject, measured: Measured) -> N
     assert moved, f"{case.id}: the optimizer step moved no parameter"
 
 
-@check("M02", needs=("prepare", "loss"), settings=("-", "lora"), varies=("tuning", "kernels"))
+@check("M02", needs=("prepare", "loss"), settings=REPEATED)
 def test_is_deterministic(case: Case, subject: Subject, measured: Measured) -> None:
     """Two runs of the same step give the same loss and gradients to the last bit.
 
@@ -135,14 +131,12 @@ def test_checkpointing_keeps_gradients(case: Case, subject: Subject, measured: M
     want = subject.step(subject.model(checkpointing="off"), batch)
     model = subject.model()
     passes = [0]
-    inner = next(
-        m for m in layers_of(model, subject.model_spec)[0].modules() if not list(m.children())
-    )
-    inner.register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
+    norm = layers_of(model, subject.model_spec)[0].get_submodule("input_layernorm")
+    norm.register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
     got = subject.step(model, batch)
     measured["forward passes of a layer"] = passes[0]
     assert passes[0] == 2, f"{case.id}: a layer ran {passes[0]} times, 2 when it is checkpointed"
-    assert_close_step(case.id, got, want, tolerance("gradients/recomputed"), measured)
+    assert_close_step(case.id, got, want, EXACT, measured)
 
 
 @check("M06", needs=("prepare", "loss"), settings=("ckpt-nonreentrant", "lora+ckpt-nonreentrant"))
@@ -163,7 +157,7 @@ def test_recomputation_leaves_a_cache_alone(
     length = int(cache.get_seq_length())
     measured["cache length"] = length
     assert length in (0, batch["input_ids"].shape[1]), f"{case.id}: the cache holds {length} tokens"
-    assert_close_step(case.id, got, want, tolerance("gradients/recomputed"), measured)
+    assert_close_step(case.id, got, want, EXACT, measured)
 
 
 @check("M07", needs=("prepare",))
@@ -183,7 +177,14 @@ def test_decoding_equals_the_forward(case: Case, subject: Subject, measured: Mea
             out = model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             rows.append(out.logits)
-    assert_close(case.id, "logits", torch.cat(rows, 1), want, tolerance("logits/decoded"), measured)
+    assert_close(
+        case.id,
+        "logits",
+        torch.cat(rows, 1),
+        want,
+        tolerance("logits/decoded", subject.model_spec.traits),
+        measured,
+    )
 
 
 @check("M08", needs=("prepare",))

@@ -152,7 +152,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             count = op.labels.shape[0]
             if divisor is None or job.per_token:
                 factor = torch.full(
-                    (), 1.0 if job.per_token else 1.0 / max(count, 1), device=hidden.device, dtype=wide
+                    (),
+                    1.0 if job.per_token else 1.0 / max(count, 1),
+                    device=hidden.device,
+                    dtype=wide,
                 )
             else:
                 factor = torch.reciprocal(divisor.to(wide)).reshape(())
@@ -194,7 +197,7 @@ def _run(
     """Losses, log-sum-exp and gradients by the cheapest exact way that the mode allows."""
     if op.labels.shape[0] == 0:
         return _nothing(op, needs)
-    if job.mode != "chunked" and can_defer(op, needs.parameters) and needs.hidden:
+    if job.mode != "chunked" and can_defer(op, needs):
         losses, hidden = deferred_pass(op, _tiles(op, job, needs, sliced=True), factor)
         return losses, losses, Gradients(hidden=hidden)
     return exact_pass(op, _tiles(op, job, needs, sliced=job.mode == "lean"), needs, factor)
@@ -280,7 +283,9 @@ def _row_operations(hidden: torch.Tensor, mode: Mode) -> tuple[RowOperations, to
     return TorchRows(), hidden.dtype
 
 
-def _scaled(gradient: torch.Tensor | None, upstream: torch.Tensor, keep: bool) -> torch.Tensor | None:
+def _scaled(
+    gradient: torch.Tensor | None, upstream: torch.Tensor, keep: bool
+) -> torch.Tensor | None:
     """The saved gradient times the upstream one; in its own storage if nobody needs it again."""
     if gradient is None or keep:
         return None if gradient is None else (gradient * upstream).to(gradient.dtype)

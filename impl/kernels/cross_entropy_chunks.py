@@ -171,9 +171,7 @@ def exact_pass(
             for low, high in bounds(vocabulary, tiles.inner):
                 part = x[:, low:high] if kept else x[:, : high - low]
                 op.logits(part, hidden, features, low)
-                op.ops.sweep(
-                    part, labels, state, op.form, low, op.bias_of(low, high), False, None
-                )
+                op.ops.sweep(part, labels, state, op.form, low, op.bias_of(low, high), False, None)
             torch.add(state.log_sum_exp(), 0.0, out=lse[start:end])
             losses[start:end] = token_losses(state, lse[start:end], op.form)
         if not needs.any:
@@ -208,9 +206,7 @@ class _Sums:
             self.acc = torch.empty(tokens, op.hidden.shape[1], device=device, dtype=wide)
         if needs.features and op.features is not None:
             self.out.features = torch.zeros_like(op.features, dtype=wide)
-            self.feature_acc = torch.empty(
-                tokens, op.features.shape[1], device=device, dtype=wide
-            )
+            self.feature_acc = torch.empty(tokens, op.features.shape[1], device=device, dtype=wide)
         if needs.bias and op.bias is not None:
             self.out.bias = torch.zeros_like(op.bias, dtype=wide)
         if needs.low_rank and op.low_rank is not None:

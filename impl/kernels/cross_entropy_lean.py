@@ -8,7 +8,9 @@ added from a sum that never held the label: no cancellation for confident tokens
 none computed twice: the buffer may be as small as the budget says, and a tile of a few MiB is
 read back from the second-level cache.
 
-Valid for a frozen classifier and the plain loss; see `can_defer`.
+Not for a trainable classifier, whose gradient sums over tokens: each has its own divisor, and
+dividing the hidden states instead costs a second bf16 rounding (1.6 to 1.8 times the eager error of
+the weight's gradient on flat distributions: tried, and left). See `can_defer`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import torch
 
 from .cross_entropy_chunks import (
-    CACHED_TILE,
+    Needs,
     Operands,
     Tiles,
     bounds,
@@ -26,59 +28,42 @@ from .cross_entropy_chunks import (
 from .cross_entropy_products import accumulation_dtype, product_into
 from .cross_entropy_rows import State, token_losses
 
-# A tile of the vendor's fastest product kernels, and the least width worth a launch.
-_TILE_ROWS, _TILE_COLUMNS, _LEAST_WIDTH = 128, 256, 1024
+_CHUNK, _SLICE, _WIDEST = 2816, 8192, 32768
 
 
-def can_defer(op: Operands, parameters: bool) -> bool:
+def can_defer(op: Operands, needs: Needs) -> bool:
     """Whether late normalisation is exact here.
 
-    Not for gradients that sum over tokens (each row has its own divisor), not with terms beside
+    Not for gradients of parameters or adapters (normalised tiles are needed), not with terms beside
     the softmax, not in float16 (exp(40) overflows it).
     """
     return (
-        not parameters
-        and op.form.plain
+        needs.hidden
+        and not needs.parameters
         and op.features is None
+        and op.form.plain
         and op.hidden.dtype != torch.float16
     )
 
 
 def sliced_tiles(op: Operands, budget: int) -> Tiles:
-    """Token chunk and vocabulary slice within the budget: fewest idle multiprocessors first.
+    """Token chunk and vocabulary slice within the budget.
 
-    The product with the classifier slice has (tokens / 128) x (dim / 256) tiles, each done by one
-    multiprocessor at a time: a count just above a multiple of theirs wastes almost a whole round.
+    The vendor's products like both large. Chunks are equal and at most 2816 tokens, as large as
+    leaves room for slices of 8192 columns; what is left of the budget widens the slices, up to
+    32768 columns: beyond that nothing was gained.
     """
     count, (vocabulary, dim) = op.labels.shape[0], op.weight.shape
     item = op.buffer_dtype.itemsize
     gather = op.hidden.element_size() if op.rows is not None else 0
     fixed = dim * (accumulation_dtype(op.hidden.dtype).itemsize + gather)
     budget -= 1 << 20
-    processors = _processors(op.hidden.device)
-    best: tuple[float, Tiles] | None = None
-    for chunks in range(1, count + 1):
-        tokens = -(-count // chunks)
-        room = (budget - tokens * fixed) // (tokens * item)
-        if room < min(_LEAST_WIDTH, vocabulary) and tokens > 64:
-            continue
-        cached = max(_LEAST_WIDTH, CACHED_TILE // (tokens * item))
-        width = min(vocabulary, max(64, min(room, cached) // 256 * 256))
-        blocks = -(-tokens // _TILE_ROWS) * -(-dim // _TILE_COLUMNS)
-        cost = chunks * -(-blocks // processors) * (1.0 + 512.0 / width)
-        if best is None or cost < best[0] * 0.98:
-            best = (cost, Tiles(tokens, width, width))
-        if tokens <= 512:
-            break
-    assert best is not None
-    return best[1]
-
-
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 1 elsewhere."""
-    if device.type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    least = min(_SLICE, vocabulary)
+    tokens = max(1, min(count, _CHUNK, budget // (fixed + least * item)))
+    tokens = -(-count // -(-count // tokens))
+    width = (budget - tokens * fixed) // (tokens * item) // 256 * 256
+    width = min(vocabulary, max(256, min(width, _WIDEST)))
+    return Tiles(tokens, width, width)
 
 
 def deferred_pass(

@@ -12,7 +12,9 @@ import torch
 from .cross_entropy_rows import JUMP, Form, State
 
 
-def _logits(x: torch.Tensor, bias: torch.Tensor | None, form: Form, dtype: torch.dtype) -> torch.Tensor:
+def _logits(
+    x: torch.Tensor, bias: torch.Tensor | None, form: Form, dtype: torch.dtype
+) -> torch.Tensor:
     """The scaled and capped logits of a tile, in `dtype`."""
     z = x.to(dtype)
     if bias is not None:

@@ -65,13 +65,17 @@ def _tanh(x, inner, TANH: tl.constexpr):
 
 
 @triton.jit
-def _load(x_row, bias_ptr, cols, mask, inner, HAS_BIAS: tl.constexpr, TANH: tl.constexpr,
-          EVEN: tl.constexpr):  # fmt: skip
-    """Reduced logits q: the raw ones with bias, or tanh(inner x); the logit is outer * q."""
+def _raw(x_row, cols, mask, EVEN: tl.constexpr):
+    """A block of a row as stored."""
     if EVEN:
-        x = tl.load(x_row + cols).to(tl.float32)
-    else:
-        x = tl.load(x_row + cols, mask=mask, other=0.0).to(tl.float32)
+        return tl.load(x_row + cols)
+    return tl.load(x_row + cols, mask=mask, other=0.0)
+
+
+@triton.jit
+def _reduced(x, bias_ptr, cols, mask, inner, HAS_BIAS: tl.constexpr, TANH: tl.constexpr):
+    """Reduced logits q: the raw ones with bias, or tanh(inner x); the logit is outer * q."""
+    x = x.to(tl.float32)
     if HAS_BIAS:
         x += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     if TANH != 0:
@@ -97,19 +101,27 @@ def _store(x_ptr, x_row, cols, mask, value, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _shrink(p, count, factor, BLOCK: tl.constexpr):
+    """p[:count] *= factor, for the rare row whose reference maximum moves."""
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(p + at, mask=at < count, other=0.0).to(tl.float32)
+        tl.store(p + at, (x * factor).to(p.dtype.element_ty), mask=at < count)
+
+
+@triton.jit
 def _sweep(
     x_ptr, x_stride, bias_ptr, label_ptr, top_ptr, rest_ptr, target_ptr, total_ptr, acc_ptr,
     acc_stride, offset, width, dim, inner, outer,
     HAS_BIAS: tl.constexpr, TANH: tl.constexpr, PRECISE: tl.constexpr, WRITE: tl.constexpr,
-    TOTAL: tl.constexpr, HAS_ACC: tl.constexpr, SINGLE: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK: tl.constexpr, ACC_BLOCK: tl.constexpr,
+    TOTAL: tl.constexpr, HAS_ACC: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of one tile: see `RowOperations.sweep`. SINGLE: the tile is one block wide."""
+    """One row of one tile, each element read once: see `RowOperations.sweep`."""
     row = tl.program_id(0).to(tl.int64)
     x_row = x_ptr + row * x_stride
     column = tl.load(label_ptr + row) - offset
     inside = (column >= 0) & (column < width)
-    # Read before any store of this program: the reduction below puts a barrier between.
+    # Read before any store of this program: the reductions below put a barrier between.
     target = tl.load(x_row + column, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         target += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
@@ -117,65 +129,48 @@ def _sweep(
         target = _tanh(target, inner, 2)
     target = target * outer
     before = tl.load(top_ptr + row)
-    rest = tl.load(rest_ptr + row)
+    top = before
     hit = column.to(tl.int32)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    totals = tl.zeros((BLOCK,), tl.float32)
     lanes = tl.arange(0, BLOCK)
-    if SINGLE:
-        mask = lanes < width
-        q = _load(x_row, bias_ptr, lanes, mask, inner, HAS_BIAS, TANH, EVEN)
-        tile_top = tl.max(q if EVEN else tl.where(mask, q, -float("inf")), 0) * outer
-        top = tl.where(tile_top > before + _JUMP, tile_top, before)
-        e = tl.where(lanes == hit, 0.0, _exponential(q, outer, top, PRECISE))
+    ahead = _raw(x_row, lanes, lanes < width, EVEN)
+    for start in range(0, width, BLOCK):
+        cols = start + lanes
+        mask = cols < width
+        x = ahead
+        # The next block is on its way while this one is worked on; one past the end is masked.
+        left = width - BLOCK - start
+        ahead = tl.load(x_row + cols + BLOCK, mask=left > 0 if EVEN else lanes < left, other=0.0)
+        q = _reduced(x, bias_ptr, cols, mask, inner, HAS_BIAS, TANH)
+        block_top = tl.max(q if EVEN else tl.where(mask, q, -float("inf")), 0) * outer
+        if block_top > top + _JUMP:
+            factor = tl.exp2((top - block_top) * _LOG2E)
+            sums = sums * factor
+            if WRITE:
+                _shrink(x_row, start, factor, BLOCK)
+            top = block_top
+        e = tl.where(cols == hit, 0.0, _exponential(q, outer, top, PRECISE))
         if not EVEN:
             e = tl.where(mask, e, 0.0)
-        added = tl.sum(e, 0)
+        sums += e
         if TOTAL:
-            total = tl.sum(q if EVEN else tl.where(mask, q, 0.0), 0) * outer
-            tl.store(total_ptr + row, tl.load(total_ptr + row) + total)
+            totals += q if EVEN else tl.where(mask, q, 0.0)
         if WRITE:
             if TANH != 0:
                 e = e * (1.0 - q * q)
-            _store(x_ptr, x_row, lanes, mask, e, EVEN)
-    else:
-        tops = tl.full((BLOCK,), -float("inf"), tl.float32)
-        for start in range(0, width, BLOCK):
-            cols = start + lanes
-            mask = cols < width
-            q = _load(x_row, bias_ptr, cols, mask, inner, HAS_BIAS, TANH, EVEN)
-            tops = tl.maximum(tops, q if EVEN else tl.where(mask, q, -float("inf")))
-        tile_top = tl.max(tops, 0) * outer
-        top = tl.where(tile_top > before + _JUMP, tile_top, before)
-        sums = tl.zeros((BLOCK,), tl.float32)
-        totals = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, width, BLOCK):
-            cols = start + lanes
-            mask = cols < width
-            q = _load(x_row, bias_ptr, cols, mask, inner, HAS_BIAS, TANH, EVEN)
-            e = tl.where(cols == hit, 0.0, _exponential(q, outer, top, PRECISE))
-            if not EVEN:
-                e = tl.where(mask, e, 0.0)
-            sums += e
-            if TOTAL:
-                totals += q if EVEN else tl.where(mask, q, 0.0)
-            if WRITE:
-                if TANH != 0:
-                    e = e * (1.0 - q * q)
-                _store(x_ptr, x_row, cols, mask, e, EVEN)
-        added = tl.sum(sums, 0)
-        if TOTAL:
-            total = tl.sum(totals, 0) * outer
-            tl.store(total_ptr + row, tl.load(total_ptr + row) + total)
+            _store(x_ptr, x_row, cols, mask, e, EVEN)
     shrink = tl.exp2((before - top) * _LOG2E)
+    tl.store(rest_ptr + row, tl.load(rest_ptr + row) * shrink + tl.sum(sums, 0))
     tl.store(top_ptr + row, top)
-    tl.store(rest_ptr + row, rest * shrink + added)
+    if TOTAL:
+        total = tl.sum(totals, 0) * outer
+        tl.store(total_ptr + row, tl.load(total_ptr + row) + total)
     if inside:
         tl.store(target_ptr + row, target)
     if HAS_ACC:
         if top > before:
-            for start in range(0, dim, ACC_BLOCK):
-                cols = start + tl.arange(0, ACC_BLOCK)
-                p = acc_ptr + row * acc_stride + cols
-                tl.store(p, tl.load(p, mask=cols < dim, other=0.0) * shrink, mask=cols < dim)
+            _shrink(acc_ptr + row * acc_stride, dim, shrink, BLOCK)
 
 
 @triton.jit
@@ -192,7 +187,8 @@ def _gradient(
     x_row = x_ptr + row * x_stride
     hit = (tl.load(label_ptr + row) - offset).to(tl.int32)
     lse = tl.load(lse_ptr + row)
-    q = _load(x_row, bias_ptr, cols, mask, inner, HAS_BIAS, TANH, EVEN)
+    x = _raw(x_row, cols, mask, EVEN)
+    q = _reduced(x, bias_ptr, cols, mask, inner, HAS_BIAS, TANH)
     d = _exponential(q, outer, lse, PRECISE)
     if PLAIN:
         d = tl.where(cols == hit, d - 1.0, d)
@@ -235,7 +231,9 @@ def _finish(
         acc = tl.load(acc_ptr + row * acc_stride + cols, mask=mask, other=0.0)
         c = tl.load(weight_ptr + label * weight_stride + cols, mask=mask, other=0.0)
         grad = acc * keep + away * c.to(tl.float32)
-        tl.store(out_ptr + out_row * out_stride + cols, grad.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(
+            out_ptr + out_row * out_stride + cols, grad.to(out_ptr.dtype.element_ty), mask=mask
+        )
 
 
 @triton.jit
@@ -248,11 +246,6 @@ def _scale_in_place(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
         tl.store(x_ptr + at, (x * factor).to(x_ptr.dtype.element_ty), mask=at < count)
 
 
-def _warps(block: int) -> int:
-    """32 elements a thread, between 1 and 16 warps."""
-    return max(1, min(16, block // 1024))
-
-
 def _factors(form: Form) -> tuple[float, float]:
     """(inner, outer) of the logit: outer * tanh(inner x) with a softcap, outer * x without."""
     if form.softcap is None:
@@ -261,10 +254,10 @@ def _factors(form: Form) -> tuple[float, float]:
 
 
 class TritonRows:
-    """See `RowOperations`. `block`: widest piece of a row that one program holds at once."""
+    """See `RowOperations`. `block`: the columns a program holds at once; `warps`: its width."""
 
-    def __init__(self, block: int = 8192) -> None:
-        self.block = block
+    def __init__(self, block: int = 4096, warps: int = 4) -> None:
+        self.block, self.warps = block, warps
 
     def sweep(
         self,
@@ -287,8 +280,8 @@ class TritonRows:
             *_factors(form),
             HAS_BIAS=bias is not None, TANH=tanh_of(form, x.dtype),
             PRECISE=x.dtype == torch.float32, WRITE=write, TOTAL=form.smoothing != 0.0,
-            HAS_ACC=accumulator is not None, SINGLE=width <= block, EVEN=width % block == 0,
-            BLOCK=block, ACC_BLOCK=1024, num_warps=_warps(block),
+            HAS_ACC=accumulator is not None, EVEN=width % block == 0, BLOCK=block,
+            num_warps=self.warps,
         )  # fmt: skip
 
     def gradient(
@@ -303,14 +296,14 @@ class TritonRows:
     ) -> None:
         """Replace a tile of raw logits by the derivative of the loss."""
         width = x.shape[1]
-        block = min(4096, triton.next_power_of_2(width))
+        block = min(self.block, triton.next_power_of_2(width))
         _gradient[(x.shape[0], triton.cdiv(width, block))](
             x, x.stride(0), x if bias is None else bias, labels, lse,
             lse if row_weight is None else row_weight, offset, width, *_factors(form), form.scale,
             form.smoothing, form.smoothing / form.vocabulary, form.z_loss,
             HAS_BIAS=bias is not None, TANH=tanh_of(form, x.dtype),
             PRECISE=x.dtype == torch.float32, HAS_WEIGHT=row_weight is not None, PLAIN=form.plain,
-            EVEN=width % block == 0, BLOCK=block, num_warps=_warps(block),
+            EVEN=width % block == 0, BLOCK=block, num_warps=self.warps,
         )  # fmt: skip
 
     def finish(
@@ -367,11 +360,10 @@ def compile_specs() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str,
     specs: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = []
     for tanh in (NO_TANH, FAST_TANH):
         common = {"HAS_BIAS": False, "TANH": tanh, "PRECISE": False}
-        for block, single, even in ((4096, True, True), (8192, True, True), (8192, True, False),
-                                    (8192, False, True)):  # fmt: skip
-            meta = {**common, "WRITE": True, "TOTAL": False, "HAS_ACC": True, "SINGLE": single,
-                    "EVEN": even, "BLOCK": block, "ACC_BLOCK": 1024}  # fmt: skip
-            specs.append((_sweep, sweep, meta, {"num_warps": _warps(block)}))
+        for even in (True, False):
+            meta = {**common, "WRITE": True, "TOTAL": False, "HAS_ACC": True, "EVEN": even,
+                    "BLOCK": 4096}  # fmt: skip
+            specs.append((_sweep, sweep, meta, {"num_warps": 4}))
         meta = {**common, "HAS_WEIGHT": False, "PLAIN": True, "EVEN": True, "BLOCK": 4096}
         specs.append((_gradient, gradient, meta, {"num_warps": 4}))
         meta = {"HAS_ROWS": True, "TANH": FULL_TANH if tanh else NO_TANH, "BLOCK": 1024}

@@ -79,13 +79,9 @@ def moe_lora_experts(
     """
     lora = lora or ExpertLora()
     dtype = _compute_dtype(hidden.device.type, gate_up_proj.dtype)
-    problem = Problem(
-        hidden, top_k_index, top_k_weights, gate_up_proj, down_proj, lora, act, dtype
-    )
+    problem = Problem(hidden, top_k_index, top_k_weights, gate_up_proj, down_proj, lora, act, dtype)
     if check_index is None:
-        check_index = (
-            hidden.device.type == "cpu" or os.environ.get("EXPERTS_CHECK_INDEX") == "1"
-        )
+        check_index = hidden.device.type == "cpu" or os.environ.get("EXPERTS_CHECK_INDEX") == "1"
     check(problem, check_index=check_index)
     best = choose_path(hidden.device, dtype)
     if path == "auto":
@@ -158,9 +154,7 @@ def _module(path: str) -> Any:
     return experts_triton
 
 
-def _problem(
-    tensors: list[Any], static: tuple[str, torch.dtype, str, float, float]
-) -> Problem:
+def _problem(tensors: list[Any], static: tuple[str, torch.dtype, str, float, float]) -> Problem:
     """Rebuild the call from autograd's flat arguments."""
     hidden, weights, gate_up, down, up_a, up_b, down_a, down_b, index = tensors
     act, dtype, _, up_scale, down_scale = static

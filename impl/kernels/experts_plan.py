@@ -26,7 +26,8 @@ class Tiles:
 class Plan:
     """Everything the launches of one call depend on besides the shapes."""
 
-    rows: int  # rows of a tile
+    rows: int  # rows of a tile's main block
+    more_rows: int  # rows of a second block of a tile, rows / 2 or 0
     half_rows: bool  # run tiles at most half full at half height
     descriptors: bool  # weights (and contiguous operands) through tensor descriptors
     group: int  # row tiles that share their column blocks in time
@@ -40,6 +41,7 @@ class Plan:
     middle_columns: int
     middle_warps: int
     middle_stages: int
+    rank_in_middle: bool  # dGU B inside the middle kernel, else as a product of its own
     skinny_rows: int
     skinny_bk: int
     skinny_stages: int
@@ -49,22 +51,29 @@ class Plan:
     sum_stages: int
     input_parts: int  # column parts of dX that pass through one buffer
 
+    @property
+    def tile(self) -> int:
+        """Rows of a full tile."""
+        return self.rows + self.more_rows
+
 
 _HOPPER = Plan(
     rows=128,
+    more_rows=64,
     half_rows=True,
     descriptors=True,
-    group=1,
+    group=8,
     up=Tiles(128, 64, 8, 4),
     down=Tiles(256, 64, 8, 4),
     d_hidden=Tiles(256, 64, 8, 4),
     d_input=Tiles(256, 64, 8, 4),
     chunk=1024,
     column_groups=16,
-    middle_rows=64,
+    middle_rows=32,
     middle_columns=64,
-    middle_warps=4,
-    middle_stages=2,
+    middle_warps=8,
+    middle_stages=1,
+    rank_in_middle=True,
     skinny_rows=64,
     skinny_bk=128,
     skinny_stages=3,
@@ -99,9 +108,7 @@ def _hopper(problem: Problem) -> Plan:
     rows = problem.slots / problem.experts
     weight_bytes = 2 * problem.inner * problem.width * 2
     changes = {"chunk": max(1024, 1 << max(0, round(rows) - 1).bit_length())}
-    if (
-        weight_bytes > 2**25
-    ):  # an expert's weights do not stay in L2: walk down its rows first
+    if weight_bytes > 2**25:  # an expert's weights do not stay in L2: walk down its rows first
         changes["group"] = max(1, min(16, round(rows / _HOPPER.rows)))
     return Plan(**{**_HOPPER.__dict__, **changes})
 
@@ -111,6 +118,7 @@ def _small(tiles: Tiles, *, rows: int, columns: int) -> Plan:
     up = Tiles(max(16, tiles.bn // 2), tiles.bk, tiles.warps, tiles.stages)
     return Plan(
         rows=rows,
+        more_rows=0,
         half_rows=rows > 32,
         descriptors=False,
         group=4,
@@ -124,6 +132,7 @@ def _small(tiles: Tiles, *, rows: int, columns: int) -> Plan:
         middle_columns=columns,
         middle_warps=4,
         middle_stages=2,
+        rank_in_middle=True,
         skinny_rows=min(32, rows),
         skinny_bk=64,
         skinny_stages=2,

@@ -70,18 +70,12 @@ class Problem:
     @property
     def rank_up(self) -> int:
         """Rank of the gate_up adapter, 0 without one."""
-        return (
-            0
-            if self.lora.gate_up_a is None
-            else self.lora.gate_up_a.shape[0] // self.experts
-        )
+        return 0 if self.lora.gate_up_a is None else self.lora.gate_up_a.shape[0] // self.experts
 
     @property
     def rank_down(self) -> int:
         """Rank of the down adapter, 0 without one."""
-        return (
-            0 if self.lora.down_a is None else self.lora.down_a.shape[0] // self.experts
-        )
+        return 0 if self.lora.down_a is None else self.lora.down_a.shape[0] // self.experts
 
     @property
     def sum_dtype(self) -> torch.dtype:
@@ -126,14 +120,8 @@ def check(problem: Problem, *, check_index: bool) -> None:
     if p.act not in ACTIVATIONS:
         raise ValueError(f"activation {p.act!r} is not one of {', '.join(ACTIVATIONS)}")
     if p.hidden.dim() != 2 or p.gate_up.dim() != 3 or p.down.dim() != 3:
-        raise ValueError(
-            "hidden must be (T, H), gate_up_proj (E, 2I, H), down_proj (E, H, I)"
-        )
-    if (
-        p.index.shape != p.weights.shape
-        or p.index.dim() != 2
-        or p.index.shape[0] != p.tokens
-    ):
+        raise ValueError("hidden must be (T, H), gate_up_proj (E, 2I, H), down_proj (E, H, I)")
+    if p.index.shape != p.weights.shape or p.index.dim() != 2 or p.index.shape[0] != p.tokens:
         raise ValueError(
             f"top_k_index {tuple(p.index.shape)} and top_k_weights {tuple(p.weights.shape)} "
             f"must both be (T={p.tokens}, K)"
@@ -146,23 +134,15 @@ def check(problem: Problem, *, check_index: bool) -> None:
             f"hidden has width {p.hidden.shape[1]}, gate_up_proj {up} expects {p.width}"
         )
     if up != (p.experts, 2 * p.inner, p.width) or down != (p.experts, p.width, p.inner):
-        raise ValueError(
-            f"gate_up_proj {up} and down_proj {down} are not (E, 2I, H) and (E, H, I)"
-        )
+        raise ValueError(f"gate_up_proj {up} and down_proj {down} are not (E, 2I, H) and (E, H, I)")
     if p.slots >= 2**31:
-        raise ValueError(
-            f"{p.slots} routed slots exceed the int32 slot numbers of this layer"
-        )
-    _check_pair(
-        "gate_up", p.lora.gate_up_a, p.lora.gate_up_b, p.experts, p.width, 2 * p.inner
-    )
+        raise ValueError(f"{p.slots} routed slots exceed the int32 slot numbers of this layer")
+    _check_pair("gate_up", p.lora.gate_up_a, p.lora.gate_up_b, p.experts, p.width, 2 * p.inner)
     _check_pair("down", p.lora.down_a, p.lora.down_b, p.experts, p.inner, p.width)
     if check_index and p.slots:
         low, high = int(p.index.min()), int(p.index.max())
         if low < 0 or high > p.experts:
-            raise ValueError(
-                f"top_k_index spans [{low}, {high}], allowed is [0, {p.experts}]"
-            )
+            raise ValueError(f"top_k_index spans [{low}, {high}], allowed is [0, {p.experts}]")
 
 
 def _check_pair(
@@ -179,11 +159,7 @@ def _check_pair(
     if a is None or b is None:
         return
     good = a.dim() == 2 and a.shape[0] % experts == 0 and a.shape[0] > 0
-    if (
-        not good
-        or tuple(a.shape[1:]) != (fan_in,)
-        or tuple(b.shape) != (fan_out, a.shape[0])
-    ):
+    if not good or tuple(a.shape[1:]) != (fan_in,) or tuple(b.shape) != (fan_out, a.shape[0]):
         raise ValueError(
             f"lora of {name}: A {tuple(a.shape)} and B {tuple(b.shape)} are not "
             f"(r*{experts}, {fan_in}) and ({fan_out}, r*{experts})"

@@ -27,9 +27,7 @@ def activate(gate, ACT: tl.constexpr):
     """silu(gate) or tanh-gelu(gate), written with one sigmoid so that it also runs interpreted."""
     if ACT == "silu":
         return gate * tl.sigmoid(gate)
-    return gate * tl.sigmoid(
-        1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
-    )
+    return gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
 
 
 @triton.jit
@@ -83,6 +81,49 @@ def _add_lora(
 
 
 @triton.jit
+def _rows_of(order, row, end, TOP_K: tl.constexpr, GATHER: tl.constexpr, BM: tl.constexpr):
+    """The rows of a tile, which of them are the expert's, and where A holds each."""
+    rows = row + tl.arange(0, BM)
+    live = rows < end
+    source = tl.where(live, rows, row)
+    if GATHER:
+        source = tl.load(order + rows, mask=live, other=0) // TOP_K
+    return rows, live, source.to(tl.int64)
+
+
+@triton.jit
+def _finish_up(
+    acc,
+    rows,
+    live,
+    xa,
+    b,
+    gate_up,
+    h,
+    e,
+    n0,
+    INNER: tl.constexpr,
+    RP: tl.constexpr,
+    ACT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Add LoRA, split gate from up, write both and h."""
+    if RP:
+        acc = _add_lora(acc, xa, b, rows, live, e, n0, 2 * INNER, RP, True, False, RP, 2 * BN)
+    gate, up = tl.split(tl.permute(tl.reshape(acc, [BM, 2, BN]), [0, 2, 1]))
+    columns = n0 + tl.arange(0, BN)
+    keep = live[:, None] & (columns[None, :] < INNER)
+    kind = gate_up.dtype.element_ty
+    wide_rows = rows.to(tl.int64)[:, None]
+    at = gate_up + wide_rows * (2 * INNER) + columns[None, :]
+    tl.store(at, gate.to(kind), mask=keep)
+    tl.store(at + INNER, up.to(kind), mask=keep)
+    value = activate(gate, ACT) * up
+    tl.store(h + wide_rows * INNER + columns[None, :], value.to(kind), mask=keep)
+
+
+@triton.jit
 def _up_tile(
     x,
     order,
@@ -102,53 +143,91 @@ def _up_tile(
     RP: tl.constexpr,
     ACT: tl.constexpr,
     BM: tl.constexpr,
+    MORE: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Rows row .. row+BM, columns n0 .. n0+BN of gate and of up in one product of width 2 BN."""
-    rows = row + tl.arange(0, BM)
-    live = rows < end
-    token = tl.load(order + rows, mask=live, other=0) // TOP_K
+    """BM + MORE rows, columns n0 .. n0+BN of gate and of up in one product of width 2 BN."""
+    rows, live, source = _rows_of(order, row, end, TOP_K, True, BM)
     ks = tl.arange(0, BK)
-    x_pointers = x + token.to(tl.int64)[:, None] * H + ks[None, :]
+    pointers = x + source[:, None] * H + ks[None, :]
+    acc = tl.zeros([BM, 2 * BN], tl.float32)
+    if MORE:
+        more_rows, more_live, more_source = _rows_of(order, row + BM, end, TOP_K, True, MORE)
+        more_pointers = x + more_source[:, None] * H + ks[None, :]
+        more_acc = tl.zeros([MORE, 2 * BN], tl.float32)
     lane = tl.arange(0, 2 * BN)
     column = n0 + lane % BN
     weight_row = (e.to(tl.int64) * 2 + lane // BN) * INNER + column
     w_pointers = w + weight_row[None, :] * H + ks[:, None]
     fits = column < INNER
-    acc = tl.zeros([BM, 2 * BN], tl.float32)
     for k in range(0, H, BK):
-        if H % BK == 0:
-            left = tl.load(x_pointers)
-        else:
-            left = tl.load(x_pointers, mask=(k + ks)[None, :] < H, other=0.0)
         if w_desc is not None:
             right = tl.trans(tl.reshape(w_desc.load([e * 2, n0, k]), [2 * BN, BK]))
         else:
-            right = tl.load(
-                w_pointers, mask=fits[None, :] & ((k + ks)[:, None] < H), other=0.0
-            )
+            right = tl.load(w_pointers, mask=fits[None, :] & ((k + ks)[:, None] < H), other=0.0)
+            w_pointers += BK
+        if H % BK == 0:
+            left = tl.load(pointers)
+        else:
+            left = tl.load(pointers, mask=(k + ks)[None, :] < H, other=0.0)
         acc = tl.dot(left, right, acc, input_precision="ieee")
-        x_pointers += BK
-        w_pointers += BK
-    if RP:
-        acc = _add_lora(
-            acc, xa, b, rows, live, e, n0, 2 * INNER, RP, True, False, RP, 2 * BN
+        pointers += BK
+        if MORE:
+            if H % BK == 0:
+                left = tl.load(more_pointers)
+            else:
+                left = tl.load(more_pointers, mask=(k + ks)[None, :] < H, other=0.0)
+            more_acc = tl.dot(left, right, more_acc, input_precision="ieee")
+            more_pointers += BK
+    _finish_up(acc, rows, live, xa, b, gate_up, h, e, n0, INNER, RP, ACT, BM, BN)
+    if MORE:
+        _finish_up(
+            more_acc, more_rows, more_live, xa, b, gate_up, h, e, n0, INNER, RP, ACT, MORE, BN
         )
-    pair = tl.permute(tl.reshape(acc, [BM, 2, BN]), [0, 2, 1])
-    gate, up = tl.split(pair)
-    columns = n0 + tl.arange(0, BN)
-    keep = live[:, None] & (columns[None, :] < INNER)
-    kind = gate_up.dtype.element_ty
-    at = gate_up + rows.to(tl.int64)[:, None] * (2 * INNER) + columns[None, :]
-    tl.store(at, gate.to(kind), mask=keep)
-    tl.store(at + INNER, up.to(kind), mask=keep)
-    value = activate(gate, ACT) * up
-    tl.store(
-        h + rows.to(tl.int64)[:, None] * INNER + columns[None, :],
-        value.to(kind),
-        mask=keep,
-    )
+
+
+@triton.jit
+def _up_rows(
+    x,
+    order,
+    w,
+    w_desc,
+    xa,
+    b,
+    gate_up,
+    h,
+    e,
+    row,
+    end,
+    n0,
+    H: tl.constexpr,
+    INNER: tl.constexpr,
+    TOP_K: tl.constexpr,
+    RP: tl.constexpr,
+    ACT: tl.constexpr,
+    BM: tl.constexpr,
+    MORE: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    HALF_ROWS: tl.constexpr,
+):
+    """Run the smallest tile that holds the rows left: half, BM, or BM + MORE."""
+    if HALF_ROWS and end - row <= BM // 2:
+        _up_tile(
+            x, order, w, w_desc, xa, b, gate_up, h, e, row, end, n0,
+            H, INNER, TOP_K, RP, ACT, BM // 2, 0, BN, BK,
+        )  # fmt: skip
+    elif MORE and end - row > BM:
+        _up_tile(
+            x, order, w, w_desc, xa, b, gate_up, h, e, row, end, n0,
+            H, INNER, TOP_K, RP, ACT, BM, MORE, BN, BK,
+        )  # fmt: skip
+    else:
+        _up_tile(
+            x, order, w, w_desc, xa, b, gate_up, h, e, row, end, n0,
+            H, INNER, TOP_K, RP, ACT, BM, 0, BN, BK,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -172,6 +251,7 @@ def up_kernel(
     RP: tl.constexpr,
     ACT: tl.constexpr,
     BM: tl.constexpr,
+    MORE: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
@@ -188,32 +268,51 @@ def up_kernel(
     end = tl.load(offsets + e + 1)
     n0 = n * BN
     if HALF_COLUMNS and n == blocks - 1:
-        if HALF_ROWS and end - row <= BM // 2:
-            _up_tile(
-                x, order, w, w_half_desc, xa, b, gate_up, h, e, row, end, n0,
-                H, INNER, TOP_K, RP, ACT, BM // 2, BN // 2, BK,
-            )  # fmt: skip
-        else:
-            _up_tile(
-                x, order, w, w_half_desc, xa, b, gate_up, h, e, row, end, n0,
-                H, INNER, TOP_K, RP, ACT, BM, BN // 2, BK,
-            )  # fmt: skip
-    elif HALF_ROWS and end - row <= BM // 2:
-        _up_tile(
-            x, order, w, w_desc, xa, b, gate_up, h, e, row, end, n0,
-            H, INNER, TOP_K, RP, ACT, BM // 2, BN, BK,
+        _up_rows(
+            x, order, w, w_half_desc, xa, b, gate_up, h, e, row, end, n0,
+            H, INNER, TOP_K, RP, ACT, BM, MORE, BN // 2, BK, HALF_ROWS,
         )  # fmt: skip
     else:
-        _up_tile(
+        _up_rows(
             x, order, w, w_desc, xa, b, gate_up, h, e, row, end, n0,
-            H, INNER, TOP_K, RP, ACT, BM, BN, BK,
+            H, INNER, TOP_K, RP, ACT, BM, MORE, BN, BK, HALF_ROWS,
         )  # fmt: skip
+
+
+@triton.jit
+def _finish_product(
+    acc,
+    rows,
+    live,
+    small,
+    wide,
+    weights,
+    out,
+    e,
+    n0,
+    first_column,
+    N: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
+    RANK: tl.constexpr,
+    RP: tl.constexpr,
+    KN: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Add LoRA, scale by the routing weight if there is one, write."""
+    if RP:
+        acc = _add_lora(acc, small, wide, rows, live, e, n0, N, RANK, False, KN, RP, BN)
+    if weights is not None:
+        acc *= tl.load(weights + rows, mask=live, other=0.0)[:, None]
+    columns = n0 + tl.arange(0, BN)
+    at = out + rows.to(tl.int64)[:, None] * OUT_STRIDE + (columns - first_column)[None, :]
+    tl.store(at, acc.to(out.dtype.element_ty), mask=live[:, None] & (columns < N)[None, :])
 
 
 @triton.jit
 def _product_tile(
     a,
     a_desc,
+    more_desc,
     order,
     w,
     w_desc,
@@ -234,22 +333,20 @@ def _product_tile(
     RP: tl.constexpr,
     GATHER: tl.constexpr,
     KN: tl.constexpr,
-    LORA_KN: tl.constexpr,
     BM: tl.constexpr,
+    MORE: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Rows row .. row+BM, columns n0 .. n0+BN of A times the weight of expert e."""
-    rows = row + tl.arange(0, BM)
-    live = rows < end
-    slot = rows
-    if GATHER or weights is not None:
-        slot = tl.load(order + rows, mask=live, other=0)
-    source = tl.where(live, rows, row)
-    if GATHER:
-        source = slot // TOP_K
+    """BM + MORE rows, columns n0 .. n0+BN of A times the weight of expert e."""
+    rows, live, source = _rows_of(order, row, end, TOP_K, GATHER, BM)
     ks = tl.arange(0, BK)
-    a_pointers = a + source.to(tl.int64)[:, None] * K + ks[None, :]
+    pointers = a + source[:, None] * K + ks[None, :]
+    acc = tl.zeros([BM, BN], tl.float32)
+    if MORE:
+        more_rows, more_live, more_source = _rows_of(order, row + BM, end, TOP_K, GATHER, MORE)
+        more_pointers = a + more_source[:, None] * K + ks[None, :]
+        more_acc = tl.zeros([MORE, BN], tl.float32)
     columns = n0 + tl.arange(0, BN)
     fits = columns < N
     base = e.to(tl.int64) * N * K
@@ -257,40 +354,43 @@ def _product_tile(
         w_pointers = w + base + ks.to(tl.int64)[:, None] * N + columns[None, :]
     else:
         w_pointers = w + base + columns.to(tl.int64)[None, :] * K + ks[:, None]
-    acc = tl.zeros([BM, BN], tl.float32)
     for k in range(0, K, BK):
-        if a_desc is not None:
-            left = a_desc.load([row, k])
-        elif K % BK == 0:
-            left = tl.load(a_pointers)
-        else:
-            left = tl.load(a_pointers, mask=(k + ks)[None, :] < K, other=0.0)
         if w_desc is None:
-            right = tl.load(
-                w_pointers, mask=fits[None, :] & ((k + ks)[:, None] < K), other=0.0
-            )
+            right = tl.load(w_pointers, mask=fits[None, :] & ((k + ks)[:, None] < K), other=0.0)
+            if KN:
+                w_pointers += BK * N
+            else:
+                w_pointers += BK
         elif KN:
             right = tl.reshape(w_desc.load([e, k, n0]), [BK, BN])
         else:
             right = tl.trans(tl.reshape(w_desc.load([e, n0, k]), [BN, BK]))
-        acc = tl.dot(left, right, acc, input_precision="ieee")
-        a_pointers += BK
-        if KN:
-            w_pointers += BK * N
+        if a_desc is not None:
+            left = a_desc.load([row, k])
+        elif K % BK == 0:
+            left = tl.load(pointers)
         else:
-            w_pointers += BK
-    if RP:
-        acc = _add_lora(
-            acc, small, wide, rows, live, e, n0, N, RANK, False, LORA_KN, RP, BN
-        )
-    if weights is not None:
-        acc *= tl.load(weights + slot, mask=live, other=0.0).to(tl.float32)[:, None]
-    at = (
-        out
-        + rows.to(tl.int64)[:, None] * OUT_STRIDE
-        + (columns - first_column)[None, :]
-    )
-    tl.store(at, acc.to(out.dtype.element_ty), mask=live[:, None] & fits[None, :])
+            left = tl.load(pointers, mask=(k + ks)[None, :] < K, other=0.0)
+        acc = tl.dot(left, right, acc, input_precision="ieee")
+        pointers += BK
+        if MORE:
+            if more_desc is not None:
+                left = more_desc.load([row + BM, k])
+            elif K % BK == 0:
+                left = tl.load(more_pointers)
+            else:
+                left = tl.load(more_pointers, mask=(k + ks)[None, :] < K, other=0.0)
+            more_acc = tl.dot(left, right, more_acc, input_precision="ieee")
+            more_pointers += BK
+    _finish_product(
+        acc, rows, live, small, wide, weights, out, e, n0, first_column,
+        N, OUT_STRIDE, RANK, RP, KN, BN,
+    )  # fmt: skip
+    if MORE:
+        _finish_product(
+            more_acc, more_rows, more_live, small, wide, weights, out, e, n0, first_column,
+            N, OUT_STRIDE, RANK, RP, KN, BN,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tiles", "first_block", "blocks"])
@@ -319,8 +419,8 @@ def product_kernel(
     RP: tl.constexpr,
     GATHER: tl.constexpr,
     KN: tl.constexpr,
-    LORA_KN: tl.constexpr,
     BM: tl.constexpr,
+    MORE: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
@@ -328,8 +428,9 @@ def product_kernel(
 ):
     """out = (A W + small wide) scaled by the row's routing weight, if given, for some column blocks.
 
-    a: (rows or T, K); w: (E, N, K), or (E, K, N) with KN. Column block ``first_block`` lands in
-    column 0 of out. GATHER takes row r of A from token order[r] // TOP_K.
+    a: (rows or T, K); w: (E, N, K), or (E, K, N) with KN; wide: (E, N, RP), or (E, RANK, N) with KN.
+    Column block ``first_block`` lands in column 0 of out. GATHER takes row r of A from token
+    order[r] // TOP_K.
     """
     m, n = program_tile(tl.program_id(0), tiles, blocks, GROUP)
     e = tl.load(tile_expert + m)
@@ -341,11 +442,16 @@ def product_kernel(
     start = first_block * BN
     if HALF_ROWS and end - row <= BM // 2:
         _product_tile(
-            a, a_half_desc, order, w, w_desc, small, wide, weights, out, e, row, end, n0, start,
-            K, N, OUT_STRIDE, TOP_K, RANK, RP, GATHER, KN, LORA_KN, BM // 2, BN, BK,
+            a, a_half_desc, None, order, w, w_desc, small, wide, weights, out, e, row, end, n0,
+            start, K, N, OUT_STRIDE, TOP_K, RANK, RP, GATHER, KN, BM // 2, 0, BN, BK,
+        )  # fmt: skip
+    elif MORE and end - row > BM:
+        _product_tile(
+            a, a_desc, a_half_desc, order, w, w_desc, small, wide, weights, out, e, row, end, n0,
+            start, K, N, OUT_STRIDE, TOP_K, RANK, RP, GATHER, KN, BM, MORE, BN, BK,
         )  # fmt: skip
     else:
         _product_tile(
-            a, a_desc, order, w, w_desc, small, wide, weights, out, e, row, end, n0, start,
-            K, N, OUT_STRIDE, TOP_K, RANK, RP, GATHER, KN, LORA_KN, BM, BN, BK,
+            a, a_desc, None, order, w, w_desc, small, wide, weights, out, e, row, end, n0,
+            start, K, N, OUT_STRIDE, TOP_K, RANK, RP, GATHER, KN, BM, 0, BN, BK,
         )  # fmt: skip

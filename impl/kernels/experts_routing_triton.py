@@ -22,10 +22,11 @@ _BLOCK = 256  # slots a program counts and scatters
 
 @dataclass(frozen=True)
 class Routing:
-    """Device tensors, all int32. ``rows`` are positions in the sorted order."""
+    """Device tensors, int32 but for the weights. ``rows`` are positions in the sorted order."""
 
     order: Tensor  # (S,) row -> slot; sentinels have no row
     position: Tensor  # (S,) slot -> row, -1 for a sentinel
+    weights: Tensor  # (S,) float32 routing weight of each row
     offsets: Tensor  # (E + 1,) first row of each expert; the last is the number of rows
     tile_expert: Tensor  # (tiles,)
     tile_row: Tensor  # (tiles,) first row
@@ -38,7 +39,7 @@ class Routing:
         return [getattr(self, name) for name in self.__dataclass_fields__]
 
 
-def route(index: Tensor, experts: int, tile: int, chunk: int) -> Routing:
+def route(index: Tensor, weights: Tensor, experts: int, tile: int, chunk: int) -> Routing:
     """Sort the slots of ``index`` (T, K) by expert; ``tile`` and ``chunk`` are rows a map entry covers."""
     slots = index.numel()
     device = index.device
@@ -54,6 +55,7 @@ def route(index: Tensor, experts: int, tile: int, chunk: int) -> Routing:
     result = Routing(
         empty(slots),
         empty(slots),
+        torch.empty(slots, dtype=torch.float32, device=device),
         empty(experts + 1),
         empty(tiles),
         empty(tiles),
@@ -63,9 +65,7 @@ def route(index: Tensor, experts: int, tile: int, chunk: int) -> Routing:
     )
     flat = index.reshape(-1)
     sizes = {"SLOTS": slots, "EXPERTS": experts, "BINS": bins, "BLOCK": _BLOCK}
-    launch(
-        count_kernel, (blocks,), index=flat, counts=counts, **sizes, warps=4, stages=1
-    )
+    launch(count_kernel, (blocks,), index=flat, counts=counts, **sizes, warps=4, stages=1)
     launch(
         scan_kernel,
         (1,),
@@ -76,7 +76,7 @@ def route(index: Tensor, experts: int, tile: int, chunk: int) -> Routing:
         blocks=blocks,
         EXPERTS=experts,
         BINS=bins,
-        ROWS=max(8, 16384 // bins),
+        ROWS=max(8, 8192 // bins),
         TILE=tile,
         chunk_rows=chunk,
         warps=8,
@@ -88,7 +88,9 @@ def route(index: Tensor, experts: int, tile: int, chunk: int) -> Routing:
         index=flat,
         counts=counts,
         offsets=result.offsets,
+        weights=weights.reshape(-1),
         order=result.order,
+        sorted_weights=result.weights,
         position=result.position,
         tile_first=tile_first,
         tile_expert=result.tile_expert,
@@ -194,9 +196,11 @@ def _fill_map(
 @triton.jit(do_not_specialize=["tiles", "chunks", "chunk_rows", "SLOTS"])
 def scatter_kernel(
     index,
+    weights,
     counts,
     offsets,
     order,
+    sorted_weights,
     position,
     tile_first,
     tile_expert,
@@ -230,6 +234,8 @@ def scatter_kernel(
     row = rank + tl.load(offsets + e, mask=live, other=0)
     row += tl.load(counts + block * BINS + e, mask=live, other=0)
     tl.store(order + row, i, mask=live)
+    weight = tl.load(weights + i, mask=live, other=0.0).to(tl.float32)
+    tl.store(sorted_weights + row, weight, mask=live)
     tl.store(position + i, tl.where(live, row, -1), mask=i < SLOTS)
     start = block * FILL
     _fill_map(

@@ -81,9 +81,7 @@ def skinny_kernel(
         inside = k + ks < K
         left = tl.load(a_pointers, mask=inside[None, :], other=0.0)
         if BY_RANK:
-            right = tl.load(
-                pointers, mask=inside[:, None] & (ranks[None, :] < RANK), other=0.0
-            )
+            right = tl.load(pointers, mask=inside[:, None] & (ranks[None, :] < RANK), other=0.0)
             pointers += BK
         else:
             right = tl.load(pointers, mask=inside[:, None], other=0.0)
@@ -115,16 +113,13 @@ def combine_kernel(
         at = rows_in + row * in_stride + columns
         limit = tl.where(row >= 0, width, 0)
         acc += tl.load(at, mask=columns < limit, other=0.0).to(tl.float32)
-    tl.store(
-        out + token * out_stride + columns, acc.to(out.dtype.element_ty), mask=inside
-    )
+    tl.store(out + token * out_stride + columns, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["slots", "chunk_rows"])
 def middle_kernel(
     gate_up,
     d,
-    order,
     weights,
     xa,
     pb,
@@ -160,89 +155,101 @@ def middle_kernel(
         return
     group = tl.program_id(1)
     first = tl.load(chunk_row + chunk)
-    end = tl.minimum(tl.load(offsets + e + 1), first + chunk_rows)
+    count = tl.minimum(tl.load(offsets + e + 1) - first, chunk_rows)
     kind = gate_up.dtype.element_ty
+    lane = tl.arange(0, BR)
+    row0 = first.to(tl.int64)
+    part0 = group.to(tl.int64) * slots + row0
     for block in range(COLUMN_BLOCKS):
         columns = (group * COLUMN_BLOCKS + block) * BC + tl.arange(0, BC)
         fits = columns < INNER
+        tile = lane[:, None] * (2 * INNER) + columns[None, :]
         if RP_UP:
             up_ranks = tl.arange(0, RP_UP)
-            at_b = (
-                b
-                + (e.to(tl.int64) * 2 * INNER + columns)[:, None] * RP_UP
-                + up_ranks[None, :]
-            )
-            b_gate = tl.load(at_b, mask=fits[:, None], other=0.0)
-            b_up = tl.load(at_b + INNER * RP_UP, mask=fits[:, None], other=0.0)
+            up_tile = lane[:, None] * RP_UP + up_ranks[None, :]
+            at_b = b + (e.to(tl.int64) * 2 * INNER + columns)[:, None] * RP_UP + up_ranks[None, :]
+            if p_parts is not None:
+                b_gate = tl.load(at_b, mask=fits[:, None], other=0.0)
+                b_up = tl.load(at_b + INNER * RP_UP, mask=fits[:, None], other=0.0)
             sum_gate = tl.zeros([BC, RP_UP], tl.float32)
             sum_up = tl.zeros([BC, RP_UP], tl.float32)
         if RP_DOWN:
             down_ranks = tl.arange(0, RP_DOWN)
+            down_tile = lane[:, None] * RP_DOWN + down_ranks[None, :]
             sum_a = tl.zeros([BC, RP_DOWN], tl.float32)
-        for start in range(first, end, BR):
-            rows = start + tl.arange(0, BR)
-            live = rows < end
+        # The next rows are loaded before a step computes: nothing else hides their latency.
+        keep = (lane < count)[:, None] & fits[None, :]
+        gate_at = gate_up + row0 * (2 * INNER)
+        d_at = d + row0 * (2 * INNER)
+        next_gate = tl.load(gate_at + tile, mask=keep, other=0.0)
+        next_up = tl.load(gate_at + INNER + tile, mask=keep, other=0.0)
+        next_dh = tl.load(d_at + tile, mask=keep, other=0.0)
+        next_w = tl.load(weights + row0 + lane, mask=lane < count, other=0.0)
+        for start in range(0, count, BR):
+            live = start + lane < count
             keep = live[:, None] & fits[None, :]
-            wide_rows = rows.to(tl.int64)
-            at = wide_rows[:, None] * (2 * INNER) + columns[None, :]
-            gate = tl.load(gate_up + at, mask=keep, other=0.0).to(tl.float32)
-            up = tl.load(gate_up + at + INNER, mask=keep, other=0.0).to(tl.float32)
-            dh = tl.load(d + at, mask=keep, other=0.0).to(tl.float32)
-            slot = tl.load(order + rows, mask=live, other=0)
-            w = tl.load(weights + slot, mask=live, other=0.0).to(tl.float32)
+            at_row = row0 + start
+            gate = next_gate.to(tl.float32)
+            up = next_up.to(tl.float32)
+            dh = next_dh.to(tl.float32)
+            w = next_w
+            gate_at += BR * 2 * INNER
+            more = start + BR + lane < count
+            keep_more = more[:, None] & fits[None, :]
+            next_gate = tl.load(gate_at + tile, mask=keep_more, other=0.0)
+            next_up = tl.load(gate_at + INNER + tile, mask=keep_more, other=0.0)
+            next_dh = tl.load(d_at + BR * 2 * INNER + tile, mask=keep_more, other=0.0)
+            next_w = tl.load(weights + at_row + BR + lane, mask=more, other=0.0)
+            if RP_UP:
+                left = tl.load(xa + at_row * RP_UP + up_tile, mask=live[:, None], other=0.0)
+            if RP_DOWN:
+                right = tl.load(pb + at_row * RP_DOWN + down_tile, mask=live[:, None], other=0.0)
+                right = (right.to(tl.float32) * w[:, None]).to(kind)
             if ACT == "silu":
                 s = tl.sigmoid(gate)
                 slope = s + gate * s * (1.0 - s)
             else:
                 cube = gate * gate * 0.044715
                 s = tl.sigmoid(1.5957691216057308 * gate * (1.0 + cube))
-                slope = s + gate * s * (1.0 - s) * 1.5957691216057308 * (
-                    1.0 + 3.0 * cube
-                )
+                slope = s + gate * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 3.0 * cube)
             value = gate * s
             hidden = value * up
             part = tl.sum(hidden * dh, 1)
-            at_w = w_parts + group.to(tl.int64) * slots + wide_rows
-            if block > 0:
-                part += tl.load(at_w, mask=live, other=0.0)
+            at_w = w_parts + part0 + start + lane
+            if COLUMN_BLOCKS > 1:
+                part += tl.load(at_w, mask=live & (block > 0), other=0.0)
             tl.store(at_w, part, mask=live)
             dh *= w[:, None]
             d_gate = (dh * up * slope).to(kind)
             d_up = (dh * value).to(kind)
-            tl.store(d + at, d_gate, mask=keep)
-            tl.store(d + at + INNER, d_up, mask=keep)
+            tl.store(d_at + tile, d_gate, mask=keep)
+            tl.store(d_at + INNER + tile, d_up, mask=keep)
+            d_at += BR * 2 * INNER
             low = hidden.to(kind)
             if h is not None:
-                tl.store(
-                    h + wide_rows[:, None] * INNER + columns[None, :], low, mask=keep
-                )
+                h_tile = lane[:, None] * INNER + columns[None, :]
+                tl.store(h + at_row * INNER + h_tile, low, mask=keep)
             if RP_UP:
-                at_r = wide_rows[:, None] * RP_UP + up_ranks[None, :]
-                p = tl.dot(d_gate, b_gate, input_precision="ieee")
-                p = tl.dot(d_up, b_up, p, input_precision="ieee")
-                at_p = p_parts + group.to(tl.int64) * slots * RP_UP + at_r
-                if block > 0:
-                    p += tl.load(at_p, mask=live[:, None], other=0.0)
-                tl.store(at_p, p, mask=live[:, None])
-                left = tl.load(xa + at_r, mask=live[:, None], other=0.0)
-                sum_gate = tl.dot(
-                    tl.trans(d_gate), left, sum_gate, input_precision="ieee"
-                )
+                if p_parts is not None:
+                    p = tl.dot(d_gate, b_gate, input_precision="ieee")
+                    p = tl.dot(d_up, b_up, p, input_precision="ieee")
+                    at_p = p_parts + (part0 + start) * RP_UP + up_tile
+                    if COLUMN_BLOCKS > 1:
+                        p += tl.load(at_p, mask=live[:, None] & (block > 0), other=0.0)
+                    tl.store(at_p, p, mask=live[:, None])
+                sum_gate = tl.dot(tl.trans(d_gate), left, sum_gate, input_precision="ieee")
                 sum_up = tl.dot(tl.trans(d_up), left, sum_up, input_precision="ieee")
             if RP_DOWN:
-                at_r = wide_rows[:, None] * RP_DOWN + down_ranks[None, :]
-                right = tl.load(pb + at_r, mask=live[:, None], other=0.0).to(tl.float32)
-                right = (right * w[:, None]).to(kind)
                 sum_a = tl.dot(tl.trans(low), right, sum_a, input_precision="ieee")
         if RP_UP:
             base = chunk.to(tl.int64) * 2 * INNER + columns
-            at_d = d_b + base[:, None] * RP_UP + up_ranks[None, :]
-            tl.store(at_d, sum_gate, mask=fits[:, None])
-            tl.store(at_d + INNER * RP_UP, sum_up, mask=fits[:, None])
+            to_b = d_b + base[:, None] * RP_UP + up_ranks[None, :]
+            tl.store(to_b, sum_gate, mask=fits[:, None])
+            tl.store(to_b + INNER * RP_UP, sum_up, mask=fits[:, None])
         if RP_DOWN:
-            at_d = d_a + chunk.to(tl.int64) * RP_DOWN * INNER
-            at_d += down_ranks[None, :] * INNER + columns[:, None]
-            tl.store(at_d, sum_a, mask=fits[:, None])
+            to_a = d_a + chunk.to(tl.int64) * RP_DOWN * INNER
+            to_a += down_ranks[None, :] * INNER + columns[:, None]
+            tl.store(to_a, sum_a, mask=fits[:, None])
 
 
 @triton.jit(do_not_specialize=["chunk_rows"])
@@ -283,13 +290,11 @@ def gather_sum_kernel(
         slot = tl.load(order + rows, mask=live, other=0)
         token = (slot // TOP_K).to(tl.int64)
         keep = live[:, None] & fits[None, :]
-        left = tl.load(
-            a + token[:, None] * WIDTH + columns[None, :], mask=keep, other=0.0
-        )
+        left = tl.load(a + token[:, None] * WIDTH + columns[None, :], mask=keep, other=0.0)
         at = small + rows.to(tl.int64)[:, None] * RP + ranks[None, :]
         right = tl.load(at, mask=live[:, None], other=0.0)
         if weights is not None:
-            w = tl.load(weights + slot, mask=live, other=0.0).to(tl.float32)
+            w = tl.load(weights + rows, mask=live, other=0.0)
             right = (right.to(tl.float32) * w[:, None]).to(left.dtype)
         acc = tl.dot(tl.trans(left), right, acc, input_precision="ieee")
     base = out + chunk.to(tl.int64) * WIDTH * RP
@@ -320,7 +325,7 @@ def finish_rows_kernel(
     live = rows < tl.load(offsets + EXPERTS)
     wide_rows = rows.to(tl.int64)
     part = wide_rows * 0 + slots
-    if RP:
+    if p_parts is not None:
         ranks = tl.arange(0, RP)
         total = tl.zeros([BLOCK, RP], tl.float32)
         at = p_parts + wide_rows[:, None] * RP + ranks[None, :]
@@ -384,9 +389,7 @@ def sum_chunks_swap_kernel(
     acc = tl.zeros([BX, BE], tl.float32)
     for c in range(tl.max(count, 0)):
         at = (first + c).to(tl.int64)[None, :] * WIDTH * RP + flat[:, None]
-        acc += tl.load(
-            parts + at, mask=inside[:, None] & (c < count)[None, :], other=0.0
-        )
+        acc += tl.load(parts + at, mask=inside[:, None] & (c < count)[None, :], other=0.0)
     to = out + (row.to(tl.int64) * RANK + rank)[:, None] * EXPERTS + expert[None, :]
     tl.store(to, acc.to(out.dtype.element_ty), mask=inside[:, None] & real[None, :])
 
@@ -436,10 +439,8 @@ def weight_gradient_kernel(
             other=0.0,
         )
         if GATHER_LEFT:
-            w = tl.load(weights + slot, mask=live, other=0.0).to(tl.float32)
+            w = tl.load(weights + rows, mask=live, other=0.0)
             a = (a.to(tl.float32) * w[:, None]).to(b.dtype)
         acc = tl.dot(tl.trans(a), b, acc, input_precision="ieee")
     at = out + e.to(tl.int64) * M * N + ms.to(tl.int64)[:, None] * N + ns[None, :]
-    tl.store(
-        at, acc.to(out.dtype.element_ty), mask=(ms[:, None] < M) & (ns[None, :] < N)
-    )
+    tl.store(at, acc.to(out.dtype.element_ty), mask=(ms[:, None] < M) & (ns[None, :] < N))

@@ -96,14 +96,10 @@ def forward(problem: Problem) -> tuple[Tensor, list[Tensor]]:
     per_slot = hidden.new_zeros((p.slots, p.width), dtype=wide)
     for g in _groups(p):
         x = hidden[g.tokens]
-        gu, _ = _linear(
-            x, p.gate_up[g.expert].to(p.dtype), g.up_a, g.up_b, lora.gate_up_scale
-        )
+        gu, _ = _linear(x, p.gate_up[g.expert].to(p.dtype), g.up_a, g.up_b, lora.gate_up_scale)
         gate_up[g.slots] = gu
         h = _hidden_of(gu, p)[0].to(p.dtype)
-        y, _ = _linear(
-            h, p.down[g.expert].to(p.dtype), g.down_a, g.down_b, lora.down_scale
-        )
+        y, _ = _linear(h, p.down[g.expert].to(p.dtype), g.down_a, g.down_b, lora.down_scale)
         per_slot[g.slots] = y.to(wide) * p.weights.reshape(-1)[g.slots, None].to(wide)
     out = per_slot.view(p.tokens, p.top_k, p.width).sum(1)
     return out.to(p.hidden.dtype), [gate_up]
@@ -116,17 +112,13 @@ def _hidden_of(gu: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor, Te
     return value * up, value, slope, up
 
 
-def backward(
-    problem: Problem, saved: list[Tensor], grad: Tensor, needs: Needs
-) -> Gradients:
+def backward(problem: Problem, saved: list[Tensor], grad: Tensor, needs: Needs) -> Gradients:
     """Gradients of every needed input; sums in the wide dtype, results in the parameter's dtype."""
     p, wide = problem, problem.sum_dtype
     out = _empty_gradients(p, needs)
     (gate_up,) = saved
     hidden, grad = p.hidden.to(p.dtype), grad.to(p.dtype)
-    per_slot = (
-        hidden.new_zeros((p.slots, p.width), dtype=wide) if needs.hidden else None
-    )
+    per_slot = hidden.new_zeros((p.slots, p.width), dtype=wide) if needs.hidden else None
     for g in _groups(p):
         x, d_out, gu = hidden[g.tokens], grad[g.tokens], gate_up[g.slots]
         w = p.weights.reshape(-1)[g.slots, None].to(wide)
@@ -167,9 +159,7 @@ def _backward_down(
     return torch.cat([d_hw * up * slope, d_hw * value], dim=1).to(p.dtype)
 
 
-def _backward_up(
-    p: Problem, g: _Group, x: Tensor, d_gu: Tensor, out: Gradients
-) -> Tensor:
+def _backward_up(p: Problem, g: _Group, x: Tensor, d_gu: Tensor, out: Gradients) -> Tensor:
     """Through the gate_up product: fill it and its factors; return dX of the slots."""
     s = p.lora.gate_up_scale
     weight = p.gate_up[g.expert].to(p.dtype)

@@ -17,7 +17,15 @@ from .experts_plan import Plan, Tiles, plan_for
 from .experts_problem import ExpertLora, Gradients, Needs, Problem
 from .experts_products_triton import product_kernel, up_kernel
 from .experts_routing_triton import Routing, route
-from .launch import CompileSpec, launch, next_power, recording, spec_of
+from .launch import (
+    CompileSpec,
+    compile_ahead,
+    is_recording,
+    launch,
+    next_power,
+    recording,
+    spec_of,
+)
 
 INTERPRETED: bool = not isinstance(product_kernel, triton.runtime.JITFunction)
 
@@ -31,7 +39,6 @@ class Run:
         self.hidden = problem.hidden.to(kind).contiguous()
         self.gate_up = problem.gate_up.to(kind).contiguous()
         self.down = problem.down.to(kind).contiguous()
-        self.weights = problem.weights.contiguous().view(-1)
         self.a_up = _operand(problem.lora.gate_up_a, kind)
         self.a_down = _operand(problem.lora.down_a, kind)
         self.rp_up, self.rp_down = _padded(problem.rank_up), _padded(problem.rank_down)
@@ -105,7 +112,7 @@ class Run:
         out = self.empty(self.p.slots, padded)
         launch(
             small.skinny_kernel,
-            (self.tiles * (plan.rows // plan.skinny_rows),),
+            (self.tiles * (plan.tile // plan.skinny_rows),),
             a=a,
             order=self.routing.order,
             factor=factor,
@@ -118,7 +125,7 @@ class Run:
             RP=padded,
             GATHER=gather,
             BY_RANK=by_rank,
-            TILE=plan.rows,
+            TILE=plan.tile,
             BM=plan.skinny_rows,
             BK=plan.skinny_bk,
             warps=4,
@@ -140,9 +147,7 @@ class Run:
             order=self.routing.order,
             w=weight,
             w_desc=self.descriptor(weight, [2, tiles.bn, tiles.bk]),
-            w_half_desc=self.descriptor(weight, [2, tiles.bn // 2, tiles.bk])
-            if half
-            else None,
+            w_half_desc=self.descriptor(weight, [2, tiles.bn // 2, tiles.bk]) if half else None,
             xa=xa,
             b=b_up,
             gate_up=gate_up,
@@ -155,6 +160,7 @@ class Run:
             RP=self.rp_up,
             ACT=p.act,
             BM=plan.rows,
+            MORE=plan.more_rows,
             BN=tiles.bn,
             BK=tiles.bk,
             GROUP=plan.group,
@@ -213,8 +219,8 @@ class Run:
             RP=_padded(rank),
             GATHER=gather,
             KN=transposed,
-            LORA_KN=transposed,
             BM=plan.rows,
+            MORE=plan.more_rows,
             BN=tiles.bn,
             BK=tiles.bk,
             GROUP=plan.group,
@@ -277,32 +283,28 @@ def forward(problem: Problem, plan: Plan | None = None) -> tuple[Tensor, list[Te
     if INTERPRETED and problem.dtype == torch.bfloat16:
         problem = _through_float32(problem)
     plan = plan or plan_for(problem, interpreted=INTERPRETED)
+    if problem.hidden.is_cuda and not is_recording():
+        _compile_once(problem, plan)
     p, lora = problem, problem.lora
-    routing = route(p.index.contiguous(), p.experts, plan.rows, plan.chunk)
+    routing = route(p.index.contiguous(), p.weights.contiguous(), p.experts, plan.rows, plan.chunk)
     run = Run(p, plan, routing)
     b_up = run.swap_b(lora.gate_up_b, p.rank_up, run.rp_up)
     b_down = run.swap_b(lora.down_b, p.rank_down, run.rp_down)
     xa = ha = None
     if run.a_up is not None:
         scale = lora.gate_up_scale
-        xa = run.skinny(
-            run.hidden, run.a_up, p.rank_up, scale, gather=True, by_rank=True
-        )
+        xa = run.skinny(run.hidden, run.a_up, p.rank_up, scale, gather=True, by_rank=True)
     gate_up, h = run.up(xa, b_up)
     if run.a_down is not None:
-        ha = run.skinny(
-            h, run.a_down, p.rank_down, lora.down_scale, gather=False, by_rank=True
-        )
+        ha = run.skinny(h, run.a_down, p.rank_down, lora.down_scale, gather=False, by_rank=True)
     y = run.empty(p.slots, p.width)
     run.product(
         plan.down, h, run.down, y, gather=False, transposed=False,
-        left=ha, right=b_down, rank=p.rank_down, weights=run.weights,
+        left=ha, right=b_down, rank=p.rank_down, weights=routing.weights,
     )  # fmt: skip
     out = run.empty(p.tokens, p.width, dtype=kind)
     run.combine(y, out)
-    return out, [
-        t for t in (gate_up, xa, ha, b_up, b_down) if t is not None
-    ] + routing.tensors()
+    return out, [t for t in (gate_up, xa, ha, b_up, b_down) if t is not None] + routing.tensors()
 
 
 def backward(
@@ -318,9 +320,7 @@ def backward(
     return experts_triton_backward.backward(problem, saved, grad, needs, plan)
 
 
-def unpack(
-    problem: Problem, saved: list[Tensor]
-) -> tuple[list[Tensor | None], Routing]:
+def unpack(problem: Problem, saved: list[Tensor]) -> tuple[list[Tensor | None], Routing]:
     """Undo the packing of `forward`: [GU, XA, HA, B, B₂] with None for what has no adapter; routing."""
     rest = iter(saved)
     gate_up = next(rest)
@@ -329,6 +329,35 @@ def unpack(
     b_up = next(rest) if problem.rank_up else None
     b_down = next(rest) if problem.rank_down else None
     return [gate_up, xa, ha, b_up, b_down], Routing(*rest)
+
+
+_compiled: set[tuple[object, ...]] = set()
+
+
+def _compile_once(problem: Problem, plan: Plan) -> None:
+    """Before the first call of a kind compile all its kernels, forward and backward, side by side."""
+    p = problem
+    tensors = (p.hidden, p.index, p.weights, p.gate_up, p.down, *_factors(p.lora))
+    kinds = [None if t is None else (t.dtype, t.shape[1:], t.requires_grad) for t in tensors]
+    key = (p.hidden.device, p.experts, p.top_k, p.act, p.dtype, plan, *kinds)
+    if key in _compiled:
+        return
+    _compiled.add(key)
+    meta = [None if t is None else torch.empty_like(t, device="meta") for t in tensors]
+    hidden, index, weights, gate_up, down, a_up, b_up, a_down, b_down = meta
+    lora = ExpertLora(a_up, b_up, p.lora.gate_up_scale, a_down, b_down, p.lora.down_scale)
+    needs = [t is not None and t.requires_grad for t in tensors]
+    del needs[1]
+    twin = Problem(hidden, index, weights, gate_up, down, lora, p.act, p.dtype)  # type: ignore[arg-type]
+    with recording() as records:
+        out, saved = forward(twin, plan)
+        if any(needs):
+            backward(twin, saved, torch.empty_like(out), Needs(*needs), plan)
+    compile_ahead(records, p.hidden.device)
+
+
+def _factors(lora: ExpertLora) -> tuple[Tensor | None, ...]:
+    return lora.gate_up_a, lora.gate_up_b, lora.down_a, lora.down_b
 
 
 def compile_specs() -> list[CompileSpec]:
@@ -340,13 +369,8 @@ def compile_specs() -> list[CompileSpec]:
     }
     specs: dict[str, CompileSpec] = {}
     for label, (tokens, experts, width, inner, top_k, act) in shapes.items():
-        for spec in _specs_of(
-            label, _meta_problem(tokens, experts, width, inner, top_k, act)
-        ):
-            body = repr(
-                (spec.name.split(":")[1], spec.signature, spec.constants, spec.options)
-            )
-            specs.setdefault(body, spec)
+        for spec in _specs_of(label, _meta_problem(tokens, experts, width, inner, top_k, act)):
+            specs.setdefault(repr(spec.key), spec)
     return list(specs.values())
 
 

@@ -70,6 +70,7 @@ class _Backward:
         gate_up, self.xa, self.ha, self.b_up, self.b_down = parts
         assert gate_up is not None
         self.gate_up = gate_up
+        self.pb_up: Tensor | None = None
         self.grad = grad.to(problem.dtype).contiguous()
 
     def gradients(self, needs: Needs) -> Gradients:
@@ -77,17 +78,13 @@ class _Backward:
         out = Gradients()
         self._middle(needs, out)
         if needs.gate_up:
-            out.gate_up = self._weight_gradient(
-                self.d, self.run.hidden, self.given.gate_up, False
-            )
+            out.gate_up = self._weight_gradient(self.d, self.run.hidden, self.given.gate_up, False)
         if needs.hidden:
             out.hidden = self._input_gradient()
         del self.d
         run, lora = self.run, self.given.lora
         if needs.gate_up_a and lora.gate_up_a is not None and self.pb_up is not None:
-            chunks = self._gather_sum(
-                run.hidden, self.pb_up, by_rank=True, weighted=False
-            )
+            chunks = self._gather_sum(run.hidden, self.pb_up, by_rank=True, weighted=False)
             out.gate_up_a = self._add_a(chunks, lora.gate_up_a, self.p.rank_up)
         if needs.down_b and lora.down_b is not None and self.ha is not None:
             chunks = self._gather_sum(self.grad, self.ha, by_rank=False, weighted=True)
@@ -100,9 +97,7 @@ class _Backward:
         pb = None
         if self.b_down is not None:
             scale = lora.down_scale
-            pb = run.skinny(
-                self.grad, self.b_down, p.rank_down, scale, gather=True, by_rank=False
-            )
+            pb = run.skinny(self.grad, self.b_down, p.rank_down, scale, gather=True, by_rank=False)
         self.d = run.empty(p.slots, 2 * p.inner)
         run.product(
             plan.d_hidden, self.grad, run.down, self.d, gather=True, transposed=True,
@@ -110,31 +105,50 @@ class _Backward:
         )  # fmt: skip
         blocks = triton.cdiv(p.inner, plan.middle_columns)
         per_group = triton.cdiv(blocks, plan.column_groups)
-        groups = triton.cdiv(blocks, per_group)
-        wide = torch.float32
-        chunk_rows = run.chunk_count
-        d_b = (
-            run.empty(chunk_rows, 2 * p.inner, run.rp_up, dtype=wide)
-            if run.rp_up
-            else None
-        )
-        d_a = (
-            run.empty(chunk_rows, run.rp_down, p.inner, dtype=wide)
-            if run.rp_down
-            else None
-        )
-        p_parts = (
-            run.empty(groups, p.slots, run.rp_up, dtype=wide) if run.rp_up else None
-        )
+        groups, wide = triton.cdiv(blocks, per_group), torch.float32
+        d_b = d_a = p_parts = h = None
+        if run.rp_up:
+            d_b = run.empty(run.chunk_count, 2 * p.inner, run.rp_up, dtype=wide)
+            if plan.rank_in_middle:
+                p_parts = run.empty(groups, p.slots, run.rp_up, dtype=wide)
+                self.pb_up = run.empty(p.slots, run.rp_up)
+        if run.rp_down:
+            d_a = run.empty(run.chunk_count, run.rp_down, p.inner, dtype=wide)
+        if needs.down:
+            h = run.empty(p.slots, p.inner)
         w_parts = run.empty(groups, p.slots, dtype=wide)
-        h = run.empty(p.slots, p.inner) if needs.down else None
+        self._launch_middle(per_group, groups, pb, d_b, d_a, p_parts, w_parts, h)
+        if self.b_up is not None and not plan.rank_in_middle:
+            scale = lora.gate_up_scale
+            self.pb_up = run.skinny(
+                self.d, self.b_up, p.rank_up, scale, gather=False, by_rank=False
+            )
+        out.weights = self._finish_rows(p_parts, w_parts, groups, needs)
+        if d_b is not None and needs.gate_up_b and lora.gate_up_b is not None:
+            out.gate_up_b = self._add_b(d_b, lora.gate_up_b, p.rank_up)
+        if d_a is not None and needs.down_a and lora.down_a is not None:
+            out.down_a = self._add_a(d_a, lora.down_a, p.rank_down)
+        if h is not None:
+            out.down = self._weight_gradient(self.grad, h, self.given.down, True)
+
+    def _launch_middle(
+        self,
+        per_group: int,
+        groups: int,
+        pb: Tensor | None,
+        d_b: Tensor | None,
+        d_a: Tensor | None,
+        p_parts: Tensor | None,
+        w_parts: Tensor,
+        h: Tensor | None,
+    ) -> None:
+        p, run, plan = self.p, self.run, self.plan
         launch(
             small.middle_kernel,
-            (chunk_rows, groups),
+            (run.chunk_count, groups),
             gate_up=self.gate_up,
             d=self.d,
-            order=run.routing.order,
-            weights=run.weights,
+            weights=run.routing.weights,
             xa=self.xa,
             pb=pb,
             b=self.b_up,
@@ -145,25 +159,17 @@ class _Backward:
             h=h,
             **run.chunks,
             slots=p.slots,
+            chunk_rows=plan.chunk,
             INNER=p.inner,
             RP_UP=run.rp_up,
             RP_DOWN=run.rp_down,
             ACT=p.act,
-            chunk_rows=plan.chunk,
             COLUMN_BLOCKS=per_group,
             BR=plan.middle_rows,
             BC=plan.middle_columns,
             warps=plan.middle_warps,
             stages=plan.middle_stages,
         )
-        self.pb_up = run.empty(p.slots, run.rp_up) if run.rp_up else None
-        out.weights = self._finish_rows(p_parts, w_parts, groups, needs)
-        if d_b is not None and needs.gate_up_b and lora.gate_up_b is not None:
-            out.gate_up_b = self._add_b(d_b, lora.gate_up_b, p.rank_up)
-        if d_a is not None and needs.down_a and lora.down_a is not None:
-            out.down_a = self._add_a(d_a, lora.down_a, p.rank_down)
-        if h is not None:
-            out.down = self._weight_gradient(self.grad, h, self.given.down, True)
 
     def _finish_rows(
         self, p_parts: Tensor | None, w_parts: Tensor, groups: int, needs: Needs
@@ -210,9 +216,7 @@ class _Backward:
             run.combine(buffer, out[:, first * tiles.bn : (first + count) * tiles.bn])
         return out
 
-    def _gather_sum(
-        self, a: Tensor, rows: Tensor, *, by_rank: bool, weighted: bool
-    ) -> Tensor:
+    def _gather_sum(self, a: Tensor, rows: Tensor, *, by_rank: bool, weighted: bool) -> Tensor:
         """By chunk: the sum over rows of a[token]ᵀ rows[row]."""
         run, plan = self.run, self.plan
         width, padded = a.shape[1], rows.shape[1]
@@ -224,7 +228,7 @@ class _Backward:
             a=a,
             small=rows,
             order=run.routing.order,
-            weights=run.weights if weighted else None,
+            weights=run.routing.weights if weighted else None,
             out=out,
             **run.chunks,
             WIDTH=width,
@@ -293,7 +297,7 @@ class _Backward:
             left=left,
             right=right,
             order=run.routing.order,
-            weights=run.weights,
+            weights=run.routing.weights,
             out=out,
             offsets=run.routing.offsets,
             M=rows,

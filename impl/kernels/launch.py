@@ -8,7 +8,8 @@ that a device would compile: the compile check in CI needs no list of its own.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +53,11 @@ class CompileSpec:
     attributes: dict[tuple[int, ...], list[list[Any]]]
     options: dict[str, int]
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for launches that share a compilation."""
+        return (self.kernel.__name__, self.signature, self.constants, self.attributes, self.options)
+
 
 def launch(
     kernel: Any, grid: tuple[int, ...], *, warps: int, stages: int, **arguments: Any
@@ -64,6 +70,11 @@ def launch(
         kernel[grid](**arguments, **options)
 
 
+def is_recording() -> bool:
+    """Whether launches are being collected."""
+    return _RECORDER is not None
+
+
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
     """Collect launches instead of running them; tensors may live on the meta device."""
@@ -73,6 +84,24 @@ def recording() -> Iterator[list[Launch]]:
         yield _RECORDER
     finally:
         _RECORDER = previous
+
+
+def compile_ahead(records: list[Launch], device: torch.device, workers: int = 8) -> None:
+    """Compile the recorded launches on several threads, so that the first call does not do it one by one.
+
+    Most of a compilation is LLVM, ptxas and a C compiler, which do not hold the interpreter's lock.
+    What fails here is compiled, or reported, by the launch itself.
+    """
+    unique = {repr(spec_of(record, "").key): record for record in records}
+
+    def build(record: Launch) -> None:
+        with suppress(Exception):
+            torch.cuda.set_device(device)
+            compiled = record.kernel.warmup(grid=record.grid, **record.arguments, **record.options)
+            _ = compiled.run  # loads the binary and builds its launcher
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(build, unique.values()))
 
 
 def spec_of(record: Launch, label: str) -> CompileSpec:
@@ -91,9 +120,7 @@ def spec_of(record: Launch, label: str) -> CompileSpec:
             constants[name] = value
         elif name in plain:
             continue
-        elif isinstance(value, torch.Tensor) or (
-            isinstance(value, int) and value % 16 == 0
-        ):
+        elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[(position,)] = [["tt.divisibility", 16]]
     return CompileSpec(
         f"{label}:{record.name}",

@@ -133,9 +133,7 @@ def _probe(module: nn.Module) -> str | None:
         return None
     for act in ACTIVATIONS:
         wanted = gate_and_slope(gate, act)[0] * up
-        if found.shape == wanted.shape and torch.allclose(
-            found, wanted, rtol=1e-6, atol=1e-8
-        ):
+        if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-6, atol=1e-8):
             return act
     return None
 
@@ -177,9 +175,7 @@ def _plain(module: nn.Module, reason: str, *inputs: Tensor) -> Tensor:
     """Run what the stack runs without us: grouped_mm, or eager where that refuses the dtype."""
     calls.plain += 1
     calls.reasons[reason] += 1
-    warnings.warn(
-        f"{NAME} runs the plain stack: {reason}", KernelFallbackWarning, stacklevel=3
-    )
+    warnings.warn(f"{NAME} runs the plain stack: {reason}", KernelFallbackWarning, stacklevel=3)
     eager = getattr(type(module).forward, "__wrapped__", None)
     grouped = _interface()[1].get("grouped_mm")
     if grouped is None or (eager is not None and inputs[0].dtype == torch.float64):
@@ -201,9 +197,7 @@ def _wrapper_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if _state.lora is not None:
             return self.base_layer(x, *args, **kwargs)
         return original(self, x, *args, **kwargs)
-    implementation = getattr(
-        getattr(experts, "config", None), "_experts_implementation", None
-    )
+    implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
     if implementation != NAME or not _any_adapter(chain):
         return original(self, x, *args, **kwargs)
     return _decide(self, original, chain, experts, x, *args, **kwargs)
@@ -277,9 +271,7 @@ def _factors(chain: list[Any]) -> ExpertLora:
 
 
 @contextmanager
-def _handing_over(
-    owner: nn.Module, lora: ExpertLora | None, reason: str | None
-) -> Iterator[None]:
+def _handing_over(owner: nn.Module, lora: ExpertLora | None, reason: str | None) -> Iterator[None]:
     """Hold the factors (or the reason against) for the experts call inside; per thread, nestable."""
     names = ("owner", "lora", "declined", "reason")
     before = [getattr(_state, name, None) for name in names]

@@ -57,11 +57,17 @@ def _convolution(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _rule(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
-    def chunk_rule(*args: Any, document_ids: Tensor | None = None, **kwargs: Any) -> Any:
+    def chunk_rule(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        document_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         if document_ids is None:
-            return original(*args, **kwargs)
+            return original(query, key, value, **kwargs)
         kept = {k: v for k, v in kwargs.items() if k in kernel.RULE_ARGUMENTS}
-        return kernel.gated_delta_rule(*args, document_ids=document_ids, **kept)
+        return kernel.gated_delta_rule(query, key, value, document_ids=document_ids, **kept)
 
     return chunk_rule
 

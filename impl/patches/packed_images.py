@@ -30,7 +30,7 @@ def applies_to(model: nn.Module, plan: TrainingPlan) -> bool:
 
 
 def _overlays_outside(model: nn.Module) -> bool:
-    """Whether the masks come from the library's own maker, which adds blocks after the remapping."""
+    """Whether the library's own maker adds the image blocks, after the remapping."""
     modelling = inspect.getmodule(type(unwrap(model)))
     if hasattr(modelling, _MAKER):
         return False

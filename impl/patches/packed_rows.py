@@ -41,13 +41,14 @@ def apart(kwargs: dict[str, Any]) -> dict[str, Any]:
     if isinstance(mask, Tensor) and mask.dim() == 2:
         if not joins_documents(positions, mask):
             return kwargs  # the positions of left padding, not documents
-        kwargs = {**kwargs, "attention_mask": _without(mask, ids)}
+        _refuse_holes(mask, ids)
+        kwargs = {**kwargs, "attention_mask": None}
     if kwargs.get("past_key_values") is not None:
         raise Refused("a packed batch cannot continue from a cache; give one document a row")
     return {**kwargs, "use_cache": False}
 
 
-def _without(mask: Tensor, ids: Tensor) -> None:
+def _refuse_holes(mask: Tensor, ids: Tensor) -> None:
     real = mask.bool()
     inside = (ids[:, 1:] == ids[:, :-1]) & (real[:, 1:] != real[:, :-1])
     returns = real[:, 1:] & ~real[:, :-1]

@@ -15,25 +15,16 @@ REASON = (
     " detached ones: the loss is right, the gradients are not"
 )
 ISSUE = "https://github.com/unslothai/unsloth-zoo/issues/813"
-_REENTRANT_OFFLOADS = ("legacy", "disk")
 
 
 def applies_to(model: nn.Module, plan: TrainingPlan) -> bool:
     """Whether the plan would recompute a consumer of shared keys and values reentrantly."""
-    return shares_kv(model) and (
-        bool(plan.checkpointing and plan.checkpointing.get("use_reentrant"))
-        or plan.offload in _REENTRANT_OFFLOADS
-    )
+    return shares_kv(model) and bool(plan.checkpointing and plan.checkpointing.get("use_reentrant"))
 
 
 def apply(model: nn.Module, plan: TrainingPlan) -> Callable[[], None]:
     """Refuse: there is nothing to repair, non-reentrant checkpointing is the right one."""
-    what = (
-        "use_reentrant=True"
-        if plan.checkpointing and plan.checkpointing.get("use_reentrant")
-        else f"activation offloading {plan.offload!r} (reentrant)"
-    )
     raise Refused(
-        f"{what} on {type(model).__name__}, whose layers share keys and values, gives wrong"
+        f"use_reentrant=True on {type(model).__name__}, whose layers share keys and values, gives wrong"
         ' gradients; use gradient_checkpointing_kwargs={"use_reentrant": False}'
     )

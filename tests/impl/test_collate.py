@@ -42,8 +42,7 @@ def test_every_token_wise_tensor_has_the_padded_length(pack: bool) -> None:
         key: batch[key].shape[1]
         for key in batch
         if key in ("input_ids", "labels")
-        or key.endswith(("type_ids", "position_ids"))
-        and key != "image_position_ids"
+        or (key.endswith(("type_ids", "position_ids")) and key != "image_position_ids")
     }
     assert len(set(lengths.values())) == 1 and next(iter(lengths.values())) % 8 == 0, lengths
 

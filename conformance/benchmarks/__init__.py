@@ -1,0 +1,1 @@
+"""Benchmarks: what is slow or large, measured, never asserted."""
