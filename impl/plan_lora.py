@@ -66,18 +66,23 @@ def _none(draft: Draft) -> None:
 
 
 def _four_bit(draft: Draft) -> None:
-    if draft.setting.tuning != "qlora":
-        draft.decide("load_in_4bit", False, "the base weights are not quantised in this setting")
-        return
-    reason = "QLoRA: linear layers of the base in 4 bits"
+    """`load_in_4bit`, and `quantize_moe_experts` for the expert weights it would pass over."""
     experts = draft.traits.experts
-    if experts and experts.parameters:
-        reason += "; the fused expert weights are no linear layers and stay as they are"
-        draft.warn(
-            f"load_in_4bit leaves the {len(experts.layers)} layers' expert weights unquantised:"
-            " they are 3-D parameters, and bitsandbytes replaces linear layers only"
-        )
-    draft.decide("load_in_4bit", True, reason)
+    if draft.setting.tuning != "qlora":
+        why = "the base weights are not quantised in this setting"
+        draft.decide("load_in_4bit", False, why)
+        draft.decide("quantize_moe_experts", None, why)
+        return
+    draft.decide("load_in_4bit", True, "QLoRA: linear layers of the base in 4 bits")
+    if experts is None or not experts.parameters:
+        why = "no expert weights beside linear layers"
+        draft.decide("quantize_moe_experts", None, why)
+        return
+    why = (
+        f"the {len(experts.layers)} layers' expert weights are 3-D parameters: bitsandbytes"
+        " replaces linear layers only and would leave most of the model as it is"
+    )
+    draft.decide("quantize_moe_experts", True, why)
 
 
 def _targets(draft: Draft) -> tuple[str | None, tuple[str, ...], dict[str, str]]:

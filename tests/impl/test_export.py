@@ -71,6 +71,7 @@ AXOLOTL = {
     "output_dir",
     "use_scattermoe",
     "use_sonicmoe",
+    "quantize_moe_experts",
     "cut_cross_entropy",
     "expert_parallel_size",
 }

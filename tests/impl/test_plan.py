@@ -227,6 +227,20 @@ def test_kernels_by_layout() -> None:
     ]
 
 
+def test_four_bit() -> None:
+    """Linear layers alone are not the model: expert weights are quantised too, and that is said."""
+    moe = make("gemma4-moe", "bf16+qlora")
+    assert (moe["adapter"], moe["load_in_4bit"], moe["quantize_moe_experts"]) == (
+        "qlora",
+        True,
+        True,
+    )
+    assert moe.lora is not None
+    assert moe.lora.quantize_4bit
+    assert make("gemma4-dense", "bf16+qlora")["quantize_moe_experts"] is None
+    assert make("gemma4-moe", "bf16+lora")["load_in_4bit"] is False
+
+
 def test_fused_loss() -> None:
     """Fused for a known head in any dtype; not with an adapted head nor an auxiliary loss."""
     assert make("gemma4-e2b", "kernels").fused_loss
