@@ -176,11 +176,10 @@ def _facts(model: Any, auto_class: str, layers: int) -> ClassFacts:
 def find_layers(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
     """The path and the list of the decoder layers: the module list of `count` items beside the
     input embedding, otherwise the largest one of that length. ConfigError if there is none."""
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count and count
-    }
+    every = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    lists = {name: module for name, module in every.items() if len(module) == count}
+    if not lists:  # a config may count sublayers: then any list of checkpointed layers will do
+        lists = {name: module for name, module in every.items() if _checkpointed(module)}
     if not lists:
         raise ConfigError(f"{type(model).__name__} has no list of {count} decoder layers")
     embedding = _embedding(model)
@@ -190,6 +189,11 @@ def find_layers(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
     chosen = beside or list(lists)
     name = max(chosen, key=lambda n: sum(p.numel() for p in lists[n].parameters()))
     return name, lists[name]
+
+
+def _checkpointed(stack: nn.ModuleList) -> bool:
+    """Whether a list holds layers that transformers would recompute."""
+    return all(hasattr(layer, "gradient_checkpointing") for layer in stack)
 
 
 def _embedding(model: nn.Module) -> nn.Module | None:

@@ -135,8 +135,15 @@ def text_fields(fields: Fields) -> Fields:
 def derived_sizes(config: Any) -> dict[str, int]:
     """Sizes that a config object computes or renames, and so does not write out."""
     text = config.get_text_config()
-    found = {name: getattr(text, name, None) for name in SIZE_ALIASES}
-    return {name: value for name, value in found.items() if isinstance(value, int)}
+    found = {}
+    for name in SIZE_ALIASES:
+        try:
+            value = getattr(text, name, None)
+        except Exception:  # a size that differs from layer to layer has no single value
+            continue
+        if isinstance(value, int):
+            found[name] = value
+    return found
 
 
 def check_sizes(text: Fields, required: bool = True) -> dict[str, int]:

@@ -189,6 +189,13 @@ def test_broken(config: Any, says: str) -> None:
     assert len(text) < 500
 
 
+def test_layers_that_the_config_counts_otherwise() -> None:
+    """A config may count sublayers; the decoder layers are those that are built."""
+    facts = detect(transformers.LongcatFlashConfig()).cls
+    assert facts is not None
+    assert facts.layer_classes == ("LongcatFlashDecoderLayer",)
+
+
 def test_config_is_left_alone() -> None:
     """Detection changes neither a config object nor a dict."""
     config = build_config(MODELS["gemma4-moe"])
