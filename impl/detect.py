@@ -36,7 +36,7 @@ def detect(config: Any, auto_class: str | None = None) -> Traits:
     if known is None:
         note = f"model_type {traits.model_type!r} is unknown to the installed transformers"
         return replace(traits, notes=(f"{note}; the facts are those of the config's fields",))
-    facts, note = _class_facts(known, auto_class, sizes["num_hidden_layers"])
+    facts, note = _class_facts(known, fields, auto_class, sizes["num_hidden_layers"])
     return _with_class(traits, text, facts, (note,) if note else ())
 
 
@@ -79,18 +79,22 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and value else None
 
 
-def _class_facts(config: Any, auto_class: str | None, layers: int) -> tuple[ClassFacts, str]:
+def _class_facts(
+    config: Any, fields: read.Fields, auto_class: str | None, layers: int
+) -> tuple[ClassFacts, str]:
     from . import detect_class
 
-    chosen = auto_class or detect_class.auto_class_for(config.model_type)
+    chosen = auto_class or detect_class.auto_class_for(config)
+    if auto_class is not None and not detect_class.loads(auto_class, config):
+        raise ConfigError(f"{config.model_type}: {auto_class} has no model for this config")
     if chosen is None:
         raise ConfigError(
             f"{config.model_type}: transformers has no decoder language model for this model_type"
         )
     try:
-        key = json.dumps(config.to_dict(), sort_keys=True, default=str)
+        key = json.dumps(fields, sort_keys=True, default=str)
     except TypeError:  # keys that do not sort
-        key = repr(config.to_dict())
+        key = repr(fields)
     return _cached(_Keyed(key, config), chosen, layers)
 
 

@@ -18,7 +18,6 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import nn
-from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 from .detect_config import one_line
@@ -27,19 +26,26 @@ from .traits import ClassFacts, ExpertFacts, Linear
 
 # The auto class by whose mapping a model type is loaded, in the order in which they are asked.
 AUTO_CLASSES = (
-    ("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"),
-    ("AutoModelForMultimodalLM", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"),
-    ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+    "AutoModelForImageTextToText",
+    "AutoModelForMultimodalLM",
+    "AutoModelForCausalLM",
 )
 EXPERT_WEIGHTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
-def auto_class_for(model_type: str) -> str | None:
-    """The auto class that loads a model type, or None when transformers has no language model."""
-    for auto_class, mapping in AUTO_CLASSES:
-        if model_type in getattr(modeling_auto, mapping, {}):
+def auto_class_for(config: Any) -> str | None:
+    """The auto class that loads a config (classes that the user registered included), or None when
+    transformers has no language model for it."""
+    for auto_class in AUTO_CLASSES:
+        if loads(auto_class, config):
             return auto_class
     return None
+
+
+def loads(auto_class: str, config: Any) -> bool:
+    """Whether an auto class has a model for a config; False for what is no auto class here."""
+    mapping = getattr(getattr(transformers, auto_class, None), "_model_mapping", ())
+    return type(config) in mapping
 
 
 @contextmanager
@@ -80,7 +86,7 @@ def class_facts(config: Any, auto_class: str, layers: int) -> tuple[ClassFacts, 
             f"{config.model_type}: {auto_class} cannot build this config: {one_line(error)}"
         ) from None
     text = config.get_text_config()
-    inner = auto_class_for(text.model_type)
+    inner = auto_class_for(text)
     if text is config or inner is None:
         raise ConfigError(f"{config.model_type}: {auto_class} cannot build it here: {missing}")
     try:

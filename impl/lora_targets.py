@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 ROUTED_EXPERTS = "routed experts"
 ALL_LINEAR = "all-linear"
-BYPASSED = "the forward reads its weight directly in training, past the adapter (L7)"
+BYPASSED = "the forward reads its weight directly in training, past the adapter"
 WRAPPER = "_checkpoint_wrapped_module."
 # The specification's regex after the path of the layers (families.md §6; dots unescaped there too).
 SPECIFIED = r"(mlp|self_attn).(up|down|gate|q|k|v|o)_proj"
@@ -139,7 +139,7 @@ def names_regex(words: list[str], traits: Traits, towers: bool) -> tuple[str | N
 
 
 _ALL_LINEAR_WARNING = (
-    f"'{ALL_LINEAR}' adapts linear layers only, so no routed expert; add {ROUTED_EXPERTS!r} (L5)"
+    f"'{ALL_LINEAR}' adapts linear layers only, so no routed expert; add {ROUTED_EXPERTS!r}"
 )
 
 
@@ -147,7 +147,7 @@ def _stray_leaves(leaves: Iterable[str], chosen: Iterable[str]) -> str:
     where = sorted({n.rpartition(".")[0] for n in chosen if n.rpartition(".")[2] in leaves})
     return (
         f"{', '.join(sorted(leaves))} adapts {', '.join(where)}, and no routed expert; add"
-        f" {ROUTED_EXPERTS!r} to adapt the experts (L5)"
+        f" {ROUTED_EXPERTS!r} to adapt the experts"
     )
 
 
@@ -272,7 +272,7 @@ def _barred(name: str, traits: Traits, towers: bool) -> str:
     parts = set(name.split("."))
     tower = parts & set(traits.components)
     if tower and not towers:
-        return f"in {'.'.join(sorted(tower))}: no gradient on text batches (L6); ask for towers"
+        return f"in {'.'.join(sorted(tower))}: no gradient on text batches; ask for towers"
     if any(name.endswith(part) for part in traits.bypassed):
         return BYPASSED
     return ""

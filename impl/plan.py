@@ -50,6 +50,7 @@ def plan(config: Any, setting: SettingLike, strategy: Any, **overrides: Any) -> 
     attention = decide_attention(draft)
     dtype = decide_dtype(draft)
     decide_weight_scales(draft)
+    inputs = forward_inputs(draft)
     return TrainingPlan(
         decisions=dict(draft.decisions),
         traits=traits,
@@ -67,7 +68,7 @@ def plan(config: Any, setting: SettingLike, strategy: Any, **overrides: Any) -> 
         fused_loss=fused,
         pack=draft.pack,
         train_on_images=draft.images,
-        forward_inputs=forward_inputs(draft),
+        forward_inputs=inputs,
         warnings=(*traits.notes, *draft.warnings),
         auxiliary_loss=auxiliary,
     )

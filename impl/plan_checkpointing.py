@@ -50,7 +50,7 @@ def decide_checkpointing(draft: Draft, offload: bool | str | None) -> Mapping[st
         if reentrant and draft.traits.kv_sharing:
             raise Refused(
                 "activation_offloading: hidden_states with use_reentrant: true: layers that share"
-                " keys and values would get wrong gradients (L1); use use_reentrant: false"
+                " keys and values would get wrong gradients; use use_reentrant: false"
             )
         if not on:
             draft.warn("activation_offloading: hidden_states recomputes, so checkpointing is on")
@@ -94,12 +94,12 @@ def _why_not_reentrant(draft: Draft) -> tuple[str, str | None]:
         return (
             f"layers from {first} on reuse keys and values of earlier layers: reentrant"
             " checkpointing detaches them and gives wrong gradients with the right loss, on one"
-            " device too (L1)"
+            " device too"
         ), "reentrant"
     if draft.find_unused:
         return (
             "DDP looks for unused parameters, and with reentrant checkpointing it fails: 'Expected"
-            " to mark a variable ready only once' (parallel.md §3)"
+            " to mark a variable ready only once'"
         ), "reentrant"
     if traits.multimodal:
         return (

@@ -80,13 +80,13 @@ def _packing(draft: Draft) -> bool:
     if draft.images:
         raise Refused(
             "sample_packing with images: image blocks and positions of packed samples are not kept"
-            " apart (families.md §8); train images unpacked or text packed"
+            " apart; train images unpacked or text packed"
         )
     attention = draft.wish("attn_implementation", "")
     if traits.multimodal and attention.startswith("flash"):
         raise Refused(
             f"sample_packing with {attention} on a multimodal class: its position ids are not 2-D,"
-            " so packed documents are not isolated (families.md §8); use sdpa or eager"
+            " so packed documents are not isolated; use sdpa or eager"
         )
     why, deviation = _isolation(draft)
     if traits.multimodal:
@@ -158,7 +158,7 @@ def decide_freeze(draft: Draft) -> None:
 
 
 def forward_inputs(draft: Draft) -> tuple[str, ...]:
-    """The arguments that a batch must carry, by the setting and the signature of `forward`."""
+    """`forward_inputs`: what a batch must carry, by the setting and the signature of `forward`."""
     found = ["input_ids", "labels"]
     if draft.setting.batch in ("padded", "images"):
         found.append("attention_mask")
@@ -171,4 +171,8 @@ def forward_inputs(draft: Draft) -> tuple[str, ...]:
         found += [name for name in IMAGE_EXTRAS if name in arguments]
         if draft.traits.type_ids:
             found.append(draft.traits.type_ids)
+    why = "arguments of the class's forward that this setting needs"
+    if draft.images and draft.traits.type_ids:
+        why += "; without type ids the image mask is silently causal, or positions are wrong"
+    draft.decide("forward_inputs", list(found), why, "type-ids" if draft.images else None)
     return tuple(found)

@@ -36,7 +36,7 @@ def decide_kernels(draft: Draft) -> str | None:
         draft.decide("use_kernels", True, f"kernels asked for: {why}")
         draft.decide("use_scattermoe", True, f"experts and their LoRA in one kernel: {why}")
         draft.decide("use_sonicmoe", None, "excluded by use_scattermoe")
-        reason = "must equal the kernel flag, or axolotl falls back to eager with a warning (L20)"
+        reason = "must equal the kernel flag, or axolotl falls back to eager with a warning"
         draft.decide("experts_implementation", "scattermoe", reason, "router-detection")
         return "scattermoe"
     return _without_kernel(draft, experts, asked, obstacle)
@@ -59,16 +59,16 @@ def _exclusions(draft: Draft) -> None:
     if draft.wish("use_kernels") is False and (scatter or sonic):
         raise Refused("use_kernels: false excludes use_scattermoe and use_sonicmoe")
     if asked == "deepgemm":
-        raise Refused("experts_implementation: deepgemm has no backward pass in bf16 (L20)")
+        raise Refused("experts_implementation: deepgemm has no backward pass in bf16")
     experts = draft.traits.experts
     if experts and (sonic or asked == "sonicmoe"):
         read = experts.activation if experts.activation_key == "hidden_act" else "silu"
         if read != experts.activation or read not in ("silu", "gelu", "relu"):
             raise Refused(
                 f"sonicmoe reads `hidden_act`, which this config lacks, and would run {read}"
-                f" instead of {experts.activation} (L15); use scattermoe or grouped_mm"
+                f" instead of {experts.activation}; use scattermoe or grouped_mm"
                 if read != experts.activation
-                else f"sonicmoe knows silu, gelu and relu, not {experts.activation} (L15)"
+                else f"sonicmoe knows silu, gelu and relu, not {experts.activation}"
             )
 
 
@@ -107,7 +107,7 @@ def _without_kernel(
     if draft.setting.dtype == "float64" and asked in (None, "grouped_mm", "scattermoe"):
         if asked:
             draft.warn(f"experts_implementation {asked} became eager: it refuses float64")
-        reason = "grouped_mm refuses float64; eager is the oracle's form (families.md §2)"
+        reason = "grouped_mm refuses float64; eager is the oracle's form"
         draft.decide("experts_implementation", "eager", reason)
         return "eager"
     value = asked or "grouped_mm"

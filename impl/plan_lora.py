@@ -101,7 +101,7 @@ def _targets(draft: Draft) -> tuple[str | None, tuple[str, ...], dict[str, str]]
         regex, exclude, named = _asked(draft, asked, towers)
     parameters = _parameters(draft, named)
     if traits.components and not towers:
-        exclude["|".join(traits.components)] = "not the language model: no gradient on text (L6)"
+        exclude["|".join(traits.components)] = "not the language model: no gradient on text"
     return regex, parameters, exclude
 
 
@@ -110,9 +110,7 @@ def _towers(draft: Draft) -> bool:
     if not draft.wish("adapt_towers"):
         return False
     if not draft.images:
-        raise Refused(
-            "adapt_towers without images: the towers' adapters would get no gradient (L6)"
-        )
+        raise Refused("adapt_towers without images: the towers' adapters would get no gradient")
     draft.freeze = ()
     draft.decide("freeze_mm_modules", False, "adapters on the towers were asked for")
     draft.decide("frozen_modules", [], "adapters on the towers were asked for")
@@ -160,12 +158,29 @@ def _regex_reason(traits: Traits) -> str:
     text = f"{where}restricted to the language model ({traits.layers}); optional checkpoint wrapper"
     if traits.kv_sharing and traits.cls and traits.cls.keyless:
         text += f"; the {len(traits.cls.keyless)} layers that borrow keys and values have no k, v"
+    if _peft_rewrites(traits):
+        text += "; PEFT alone would rewrite the shared experts' names to the routed experts"
     if traits.attention_k_eq_v:
         text += "; full-attention layers have no v_proj"
     return text
 
 
+def _peft_rewrites(traits: Traits) -> bool:
+    """Whether PEFT turns names of shared experts into routed experts on this model type."""
+    if not (traits.experts and traits.experts.shared):
+        return False
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+
+        pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(traits.model_type)
+        return pattern in conversion._MOE_TARGET_MODULE_MAPPING
+    except (ImportError, AttributeError):
+        return False
+
+
 def _regex_row(traits: Traits, regex: str) -> str | None:
+    if _peft_rewrites(traits):
+        return "peft-rewrite"
     if not traits.layers.startswith("model.language_model."):
         return "regex-by-class"
     specified = regex.endswith("(up|down|gate|q|k|v|o)_proj")
@@ -174,9 +189,9 @@ def _regex_row(traits: Traits, regex: str) -> str | None:
 
 def _linear_reason(traits: Traits) -> str:
     if traits.multimodal:
-        return "would adapt the towers too, whose adapters get no gradient on text (L6)"
+        return "would adapt the towers too, whose adapters get no gradient on text"
     if traits.experts:
-        return "would adapt the router and leave routed experts out (L5)"
+        return "would adapt the router and leave routed experts out"
     return "the regex says the same, and says it by name"
 
 
@@ -191,7 +206,7 @@ def _parameters(draft: Draft, named: tuple[str, ...]) -> tuple[str, ...]:
         return ()
     if not wanted:
         where = "the dense MLP beside them" if experts.in_layer else "attention and shared parts"
-        why = f"routed experts stay frozen; names reach {where}: ask for {ROUTED_EXPERTS!r} (L5)"
+        why = f"routed experts stay frozen; names reach {where}: ask for {ROUTED_EXPERTS!r}"
         draft.decide("lora_target_parameters", None, why, "lora-names")
         return ()
     if not experts.parameters:

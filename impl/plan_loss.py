@@ -19,7 +19,7 @@ def decide_auxiliary_loss(draft: Draft) -> bool:
     if asked and not available:
         raise Refused(
             f"auxiliary_loss: {draft.traits.model_type} has no load-balancing loss; its router"
-            " logits are probabilities or are not returned (L10), so asking for it would do nothing"
+            " logits are probabilities or are not returned, so asking for it would do nothing"
         )
     wanted = bool(draft.traits.wants_auxiliary_loss if asked is None else asked)
     if wanted and not available:
@@ -28,7 +28,7 @@ def decide_auxiliary_loss(draft: Draft) -> bool:
     if experts is None:
         draft.decide("output_router_logits", None, "no experts")
     elif not available:
-        why = "the class has no load-balancing loss; asking for it would silently do nothing (L10)"
+        why = "the class has no load-balancing loss; asking for it would silently do nothing"
         draft.decide("output_router_logits", False, why, "auxiliary-loss")
     else:
         why = "asked for" if value else "off by default in every published config"
@@ -46,11 +46,11 @@ def decide_fused_loss(draft: Draft, auxiliary: bool, adapted_head: bool) -> bool
     if traits.cls is None or not traits.cls.lm_head:
         obstacle = "the head is not known to be a plain linear layer"
     elif traits.logit_scale:
-        obstacle = f"`{traits.logit_scale}` scales the logits in a way of this model's own (L22)"
+        obstacle = f"`{traits.logit_scale}` scales the logits in a way of this model's own"
     elif adapted_head:
-        obstacle = "an adapter on the head would be ignored by the fused loss (L21)"
+        obstacle = "an adapter on the head would be ignored by the fused loss"
     elif auxiliary:
-        obstacle = "the class adds its auxiliary loss in its own forward (L22)"
+        obstacle = "the class adds its auxiliary loss in its own forward"
     if obstacle:
         draft.warn(f"the fused cross-entropy is left out: {obstacle}")
         draft.decide("cut_cross_entropy", False, obstacle, "fused-loss-heads")

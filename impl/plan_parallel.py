@@ -98,7 +98,8 @@ def decide_fsdp(draft: Draft, lora: LoraPlan | None) -> tuple[str, ...]:
         "fsdp", ["full_shard", "auto_wrap"], "parameters sharded, one unit a decoder layer"
     )
     why = {1: "asked for: flat parameters, full fine-tuning only", 2: "each parameter is sharded"}
-    draft.decide("fsdp_version", version, why[version])
+    row = "fsdp1-adapters" if version == 1 else None
+    draft.decide("fsdp_version", version, why[version], row)
     draft.decide("fsdp_transformer_layer_cls_to_wrap", names, _unit_reason(draft), "fsdp-unit")
     config = {
         "fsdp_version": version,
@@ -138,7 +139,7 @@ def _unit_reason(draft: Draft) -> str:
     others = [name for name in cls.no_split if name not in cls.layer_classes]
     text = f"the class of {cls.layers} in {cls.name}"
     if others:
-        text += f"; `_no_split_modules` also lists {', '.join(others)}, absent or frozen here (L18)"
+        text += f"; `_no_split_modules` also lists {', '.join(others)}, absent or frozen here"
     return text
 
 
@@ -184,16 +185,17 @@ def decide_model_parallel(draft: Draft) -> None:
         "dp_replicate_size": "copies of the sharded model",
         "dp_shard_size": "ranks that share one copy of the parameters",
         "tensor_parallel_size": "by the model's own tensor-parallel plan",
-        "expert_parallel_size": "local experts are E / ranks; checked after loading (L8)",
+        "expert_parallel_size": "local experts are E / ranks; checked after loading",
         "context_parallel_size": "the sequence is split; keys and values are gathered",
     }
+    rows = {"context_parallel_size": "context-parallel"}
+    if _dense_in_ep(draft):
+        rows["expert_parallel_size"] = "expert-plan"
     for name, value in sizes.items():
-        row = (
-            "expert-plan"
-            if name == "expert_parallel_size" and value and _dense_in_ep(draft)
-            else None
-        )
-        draft.decide(name, value, reasons[name] if value else f"the strategy is {strategy}", row)
+        if value:
+            draft.decide(name, value, reasons[name], rows.get(name))
+        else:
+            draft.decide(name, None, f"the strategy is {strategy}")
 
 
 def _check_tensor_parallel(draft: Draft) -> None:
