@@ -167,6 +167,27 @@ class Implementation(Protocol):
     def load(self, model: nn.Module, path: Path) -> nn.Module:
         """Load what `save` wrote into a freshly built base model."""
 
+    def experts(
+        self,
+        hidden: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        gate_up_proj: torch.Tensor,
+        down_proj: torch.Tensor,
+        *,
+        act: str,
+        lora: Mapping[str, tuple[torch.Tensor, torch.Tensor, float]] | None = None,
+    ) -> torch.Tensor:
+        """Mixture of experts with LoRA: hidden (T, H), index and weights (T, K), gate_up_proj
+        (E, 2I, H), down_proj (E, H, I); act "silu" or "gelu_tanh"; lora maps "gate_up" and "down"
+        to (A (r·E, in) expert-major, B (out, r·E) rank-major, scaling). Index E: adds nothing."""
+
+    def linear_cross_entropy(
+        self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
+        """Loss of hidden (N, D) and classifier (V, D) for labels (N) that are already shifted.
+        options: bias, softcap, logit_scale, num_items_in_batch, reduction ("mean", "none")."""
+
     def merge(self, model: nn.Module) -> nn.Module:
         """The model with its adapters folded into the weights."""
 

@@ -185,15 +185,21 @@ def assert_close_step(
 
 
 def assert_same_dtype(
-    case_id: str, what: str, got: Tensor, eager: Tensor, oracle: Tensor, measured: Measured
+    case_id: str,
+    what: str,
+    got: Tensor,
+    eager: Tensor,
+    oracle: Tensor,
+    measured: Measured,
+    working: torch.dtype | None = None,
 ) -> None:
     """In low precision, no worse than eager code in that dtype, both against a float64 oracle.
 
-    Frobenius ≤ 1.5 × eager's + eps/4, max ≤ 2 × eager's + eps/4 (eps of eager's dtype; all relative
-    to the oracle). Recorded as `what`.frobenius, `what`.max and the eager ones beside them.
+    Frobenius ≤ 1.5 × eager's + eps/4, max ≤ 2 × eager's + eps/4 (eps of `working`, by default
+    eager's dtype: a float32 loss of bfloat16 inputs works in bfloat16; all relative to the oracle). Recorded as `what`.frobenius, `what`.max and the eager ones beside them.
     """
     mine, theirs = relative_error(got, oracle), relative_error(eager, oracle)
-    floor = EPS_SHARE * torch.finfo(eager.dtype).eps
+    floor = EPS_SHARE * torch.finfo(working or eager.dtype).eps
     rules = (
         ("frobenius", mine.frobenius, theirs.frobenius, FROBENIUS_RATIO),
         ("max", mine.maximum, theirs.maximum, MAX_RATIO),

@@ -111,7 +111,11 @@ class Reference:
 
     def experts(self, *args: Any, **options: Any) -> Any:
         """The experts kernel with LoRA (see `impl.kernels.experts`)."""
-        return _part("kernels.experts").moe_lora_experts(*args, **options)
+        lora = options.pop("lora", None)
+        if lora is not None:
+            (a1, b1, s1), (a2, b2, s2) = lora["gate_up"], lora["down"]
+            lora = _part("kernels.experts").ExpertLora(a1, b1, s1, a2, b2, s2)
+        return _part("kernels.experts").moe_lora_experts(*args, lora=lora, **options)
 
     def linear_cross_entropy(self, *args: Any, **options: Any) -> Any:
         """The loss from hidden states and classifier."""

@@ -27,7 +27,6 @@ class Plan:
     """Everything the launches of one call depend on besides the shapes."""
 
     rows: int  # rows of a tile's main block
-    more_rows: int  # rows of a second block of a tile, rows / 2 or 0
     half_rows: bool  # run tiles at most half full at half height
     descriptors: bool  # weights (and contiguous operands) through tensor descriptors
     group: int  # row tiles that share their column blocks in time
@@ -49,17 +48,15 @@ class Plan:
     sum_columns: int
     sum_warps: int
     sum_stages: int
+    output_rows: int
+    output_columns: int
+    output_warps: int
+    output_stages: int
     input_parts: int  # column parts of dX that pass through one buffer
-
-    @property
-    def tile(self) -> int:
-        """Rows of a full tile."""
-        return self.rows + self.more_rows
 
 
 _HOPPER = Plan(
     rows=128,
-    more_rows=64,
     half_rows=True,
     descriptors=True,
     group=8,
@@ -81,6 +78,10 @@ _HOPPER = Plan(
     sum_columns=128,
     sum_warps=4,
     sum_stages=3,
+    output_rows=32,
+    output_columns=512,
+    output_warps=8,
+    output_stages=3,
     input_parts=2,
 )
 _PORTABLE_TILES = Tiles(128, 32, 8, 3)
@@ -106,10 +107,9 @@ def plan_for(problem: Problem, *, interpreted: bool) -> Plan:
 def _hopper(problem: Problem) -> Plan:
     """Hopper's table, adapted to how many rows an expert has and how large its weights are."""
     rows = problem.slots / problem.experts
-    weight_bytes = 2 * problem.inner * problem.width * 2
     changes = {"chunk": max(1024, 1 << max(0, round(rows) - 1).bit_length())}
-    if weight_bytes > 2**25:  # an expert's weights do not stay in L2: walk down its rows first
-        changes["group"] = max(1, min(16, round(rows / _HOPPER.rows)))
+    if problem.inner > 4096:  # few rows for many columns: one program a column block, no read-back
+        changes |= {"rank_in_middle": False, "column_groups": 256}
     return Plan(**{**_HOPPER.__dict__, **changes})
 
 
@@ -118,7 +118,6 @@ def _small(tiles: Tiles, *, rows: int, columns: int) -> Plan:
     up = Tiles(max(16, tiles.bn // 2), tiles.bk, tiles.warps, tiles.stages)
     return Plan(
         rows=rows,
-        more_rows=0,
         half_rows=rows > 32,
         descriptors=False,
         group=4,
@@ -140,5 +139,9 @@ def _small(tiles: Tiles, *, rows: int, columns: int) -> Plan:
         sum_columns=columns,
         sum_warps=4,
         sum_stages=2,
+        output_rows=32,
+        output_columns=2 * columns,
+        output_warps=4,
+        output_stages=2,
         input_parts=2,
     )

@@ -143,19 +143,14 @@ def _up_tile(
     RP: tl.constexpr,
     ACT: tl.constexpr,
     BM: tl.constexpr,
-    MORE: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """BM + MORE rows, columns n0 .. n0+BN of gate and of up in one product of width 2 BN."""
+    """BM rows, columns n0 .. n0+BN of gate and of up in one product of width 2 BN."""
     rows, live, source = _rows_of(order, row, end, TOP_K, True, BM)
     ks = tl.arange(0, BK)
     pointers = x + source[:, None] * H + ks[None, :]
     acc = tl.zeros([BM, 2 * BN], tl.float32)
-    if MORE:
-        more_rows, more_live, more_source = _rows_of(order, row + BM, end, TOP_K, True, MORE)
-        more_pointers = x + more_source[:, None] * H + ks[None, :]
-        more_acc = tl.zeros([MORE, 2 * BN], tl.float32)
     lane = tl.arange(0, 2 * BN)
     column = n0 + lane % BN
     weight_row = (e.to(tl.int64) * 2 + lane // BN) * INNER + column
@@ -173,18 +168,7 @@ def _up_tile(
             left = tl.load(pointers, mask=(k + ks)[None, :] < H, other=0.0)
         acc = tl.dot(left, right, acc, input_precision="ieee")
         pointers += BK
-        if MORE:
-            if H % BK == 0:
-                left = tl.load(more_pointers)
-            else:
-                left = tl.load(more_pointers, mask=(k + ks)[None, :] < H, other=0.0)
-            more_acc = tl.dot(left, right, more_acc, input_precision="ieee")
-            more_pointers += BK
     _finish_up(acc, rows, live, xa, b, gate_up, h, e, n0, INNER, RP, ACT, BM, BN)
-    if MORE:
-        _finish_up(
-            more_acc, more_rows, more_live, xa, b, gate_up, h, e, n0, INNER, RP, ACT, MORE, BN
-        )
 
 
 @triton.jit
@@ -207,26 +191,20 @@ def _up_rows(
     RP: tl.constexpr,
     ACT: tl.constexpr,
     BM: tl.constexpr,
-    MORE: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     HALF_ROWS: tl.constexpr,
 ):
-    """Run the smallest tile that holds the rows left: half, BM, or BM + MORE."""
+    """Run the smallest tile that holds the rows left: half, or BM."""
     if HALF_ROWS and end - row <= BM // 2:
         _up_tile(
             x, order, w, w_desc, xa, b, gate_up, h, e, row, end, n0,
-            H, INNER, TOP_K, RP, ACT, BM // 2, 0, BN, BK,
-        )  # fmt: skip
-    elif MORE and end - row > BM:
-        _up_tile(
-            x, order, w, w_desc, xa, b, gate_up, h, e, row, end, n0,
-            H, INNER, TOP_K, RP, ACT, BM, MORE, BN, BK,
+            H, INNER, TOP_K, RP, ACT, BM // 2, BN, BK,
         )  # fmt: skip
     else:
         _up_tile(
             x, order, w, w_desc, xa, b, gate_up, h, e, row, end, n0,
-            H, INNER, TOP_K, RP, ACT, BM, 0, BN, BK,
+            H, INNER, TOP_K, RP, ACT, BM, BN, BK,
         )  # fmt: skip
 
 
@@ -251,7 +229,6 @@ def up_kernel(
     RP: tl.constexpr,
     ACT: tl.constexpr,
     BM: tl.constexpr,
-    MORE: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
@@ -270,12 +247,12 @@ def up_kernel(
     if HALF_COLUMNS and n == blocks - 1:
         _up_rows(
             x, order, w, w_half_desc, xa, b, gate_up, h, e, row, end, n0,
-            H, INNER, TOP_K, RP, ACT, BM, MORE, BN // 2, BK, HALF_ROWS,
+            H, INNER, TOP_K, RP, ACT, BM, BN // 2, BK, HALF_ROWS,
         )  # fmt: skip
     else:
         _up_rows(
             x, order, w, w_desc, xa, b, gate_up, h, e, row, end, n0,
-            H, INNER, TOP_K, RP, ACT, BM, MORE, BN, BK, HALF_ROWS,
+            H, INNER, TOP_K, RP, ACT, BM, BN, BK, HALF_ROWS,
         )  # fmt: skip
 
 
@@ -312,7 +289,6 @@ def _finish_product(
 def _product_tile(
     a,
     a_desc,
-    more_desc,
     order,
     w,
     w_desc,
@@ -334,19 +310,14 @@ def _product_tile(
     GATHER: tl.constexpr,
     KN: tl.constexpr,
     BM: tl.constexpr,
-    MORE: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """BM + MORE rows, columns n0 .. n0+BN of A times the weight of expert e."""
+    """BM rows, columns n0 .. n0+BN of A times the weight of expert e."""
     rows, live, source = _rows_of(order, row, end, TOP_K, GATHER, BM)
     ks = tl.arange(0, BK)
     pointers = a + source[:, None] * K + ks[None, :]
     acc = tl.zeros([BM, BN], tl.float32)
-    if MORE:
-        more_rows, more_live, more_source = _rows_of(order, row + BM, end, TOP_K, GATHER, MORE)
-        more_pointers = a + more_source[:, None] * K + ks[None, :]
-        more_acc = tl.zeros([MORE, BN], tl.float32)
     columns = n0 + tl.arange(0, BN)
     fits = columns < N
     base = e.to(tl.int64) * N * K
@@ -373,24 +344,10 @@ def _product_tile(
             left = tl.load(pointers, mask=(k + ks)[None, :] < K, other=0.0)
         acc = tl.dot(left, right, acc, input_precision="ieee")
         pointers += BK
-        if MORE:
-            if more_desc is not None:
-                left = more_desc.load([row + BM, k])
-            elif K % BK == 0:
-                left = tl.load(more_pointers)
-            else:
-                left = tl.load(more_pointers, mask=(k + ks)[None, :] < K, other=0.0)
-            more_acc = tl.dot(left, right, more_acc, input_precision="ieee")
-            more_pointers += BK
     _finish_product(
         acc, rows, live, small, wide, weights, out, e, n0, first_column,
         N, OUT_STRIDE, RANK, RP, KN, BN,
     )  # fmt: skip
-    if MORE:
-        _finish_product(
-            more_acc, more_rows, more_live, small, wide, weights, out, e, n0, first_column,
-            N, OUT_STRIDE, RANK, RP, KN, BN,
-        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tiles", "first_block", "blocks"])
@@ -420,7 +377,6 @@ def product_kernel(
     GATHER: tl.constexpr,
     KN: tl.constexpr,
     BM: tl.constexpr,
-    MORE: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
@@ -442,16 +398,11 @@ def product_kernel(
     start = first_block * BN
     if HALF_ROWS and end - row <= BM // 2:
         _product_tile(
-            a, a_half_desc, None, order, w, w_desc, small, wide, weights, out, e, row, end, n0,
-            start, K, N, OUT_STRIDE, TOP_K, RANK, RP, GATHER, KN, BM // 2, 0, BN, BK,
-        )  # fmt: skip
-    elif MORE and end - row > BM:
-        _product_tile(
-            a, a_desc, a_half_desc, order, w, w_desc, small, wide, weights, out, e, row, end, n0,
-            start, K, N, OUT_STRIDE, TOP_K, RANK, RP, GATHER, KN, BM, MORE, BN, BK,
+            a, a_half_desc, order, w, w_desc, small, wide, weights, out, e, row, end, n0,
+            start, K, N, OUT_STRIDE, TOP_K, RANK, RP, GATHER, KN, BM // 2, BN, BK,
         )  # fmt: skip
     else:
         _product_tile(
-            a, a_desc, None, order, w, w_desc, small, wide, weights, out, e, row, end, n0,
-            start, K, N, OUT_STRIDE, TOP_K, RANK, RP, GATHER, KN, BM, 0, BN, BK,
+            a, a_desc, order, w, w_desc, small, wide, weights, out, e, row, end, n0,
+            start, K, N, OUT_STRIDE, TOP_K, RANK, RP, GATHER, KN, BM, BN, BK,
         )  # fmt: skip

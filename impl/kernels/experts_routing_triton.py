@@ -44,7 +44,7 @@ def route(index: Tensor, weights: Tensor, experts: int, tile: int, chunk: int) -
     slots = index.numel()
     device = index.device
     blocks = triton.cdiv(slots, _BLOCK)
-    bins = next_power(experts + 1, 128)
+    bins = next_power(experts, 128)
     tiles = slots // tile + min(experts, slots)
     chunks = slots // chunk + experts
 
@@ -76,10 +76,10 @@ def route(index: Tensor, weights: Tensor, experts: int, tile: int, chunk: int) -
         blocks=blocks,
         EXPERTS=experts,
         BINS=bins,
-        ROWS=max(8, 8192 // bins),
+        ROWS=max(8, 16384 // bins),
         TILE=tile,
         chunk_rows=chunk,
-        warps=8,
+        warps=16,
         stages=1,
     )
     launch(
@@ -105,7 +105,7 @@ def route(index: Tensor, weights: Tensor, experts: int, tile: int, chunk: int) -
         chunk_rows=chunk,
         FILL=next_power(triton.cdiv(max(tiles, chunks), blocks)),
         STEP=32,
-        warps=4,
+        warps=8,
         stages=1,
     )
     return result
@@ -127,11 +127,11 @@ def count_kernel(
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Histogram of one block of slots; the sentinel bin is never read."""
+    """Histogram of one block of slots; sentinels are left out."""
     block = tl.program_id(0)
     i = block * BLOCK + tl.arange(0, BLOCK)
     e = _expert_of(index, i, SLOTS, EXPERTS)
-    tl.store(counts + block * BINS + tl.arange(0, BINS), tl.histogram(e, BINS))
+    tl.store(counts + block * BINS + tl.arange(0, BINS), tl.histogram(e, BINS, mask=e < EXPERTS))
 
 
 @triton.jit(do_not_specialize=["blocks", "chunk_rows"])
@@ -162,10 +162,12 @@ def scan_kernel(
     total = tl.where(real, carry, 0)
     tiles = (total + TILE - 1) // TILE
     chunks = tl.where(real, tl.maximum((total + chunk_rows - 1) // chunk_rows, 1), 0)
-    ends = bins <= EXPERTS
-    tl.store(offsets + bins, tl.cumsum(total, 0) - total, mask=ends)
-    tl.store(tile_first + bins, tl.cumsum(tiles, 0) - tiles, mask=ends)
-    tl.store(chunk_first + bins, tl.cumsum(chunks, 0) - chunks, mask=ends)
+    tl.store(offsets + EXPERTS, tl.sum(total, 0))
+    tl.store(tile_first + EXPERTS, tl.sum(tiles, 0))
+    tl.store(chunk_first + EXPERTS, tl.sum(chunks, 0))
+    tl.store(offsets + bins, tl.cumsum(total, 0) - total, mask=real)
+    tl.store(tile_first + bins, tl.cumsum(tiles, 0) - tiles, mask=real)
+    tl.store(chunk_first + bins, tl.cumsum(chunks, 0) - chunks, mask=real)
 
 
 @triton.jit
@@ -225,7 +227,7 @@ def scatter_kernel(
     i = block * BLOCK + lane
     e = _expert_of(index, i, SLOTS, EXPERTS)
     rank = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, BLOCK, STEP):
+    for first in tl.static_range(0, BLOCK, STEP):
         other_lane = first + tl.arange(0, STEP)
         other = _expert_of(index, block * BLOCK + other_lane, SLOTS, EXPERTS)
         earlier = (other[None, :] == e[:, None]) & (other_lane[None, :] < lane[:, None])

@@ -17,15 +17,7 @@ from .experts_plan import Plan, Tiles, plan_for
 from .experts_problem import ExpertLora, Gradients, Needs, Problem
 from .experts_products_triton import product_kernel, up_kernel
 from .experts_routing_triton import Routing, route
-from .launch import (
-    CompileSpec,
-    compile_ahead,
-    is_recording,
-    launch,
-    next_power,
-    recording,
-    spec_of,
-)
+from .launch import CompileSpec, is_recording, launch, next_power
 
 INTERPRETED: bool = not isinstance(product_kernel, triton.runtime.JITFunction)
 
@@ -112,7 +104,7 @@ class Run:
         out = self.empty(self.p.slots, padded)
         launch(
             small.skinny_kernel,
-            (self.tiles * (plan.tile // plan.skinny_rows),),
+            (self.tiles * (plan.rows // plan.skinny_rows),),
             a=a,
             order=self.routing.order,
             factor=factor,
@@ -125,7 +117,7 @@ class Run:
             RP=padded,
             GATHER=gather,
             BY_RANK=by_rank,
-            TILE=plan.tile,
+            TILE=plan.rows,
             BM=plan.skinny_rows,
             BK=plan.skinny_bk,
             warps=4,
@@ -160,7 +152,6 @@ class Run:
             RP=self.rp_up,
             ACT=p.act,
             BM=plan.rows,
-            MORE=plan.more_rows,
             BN=tiles.bn,
             BK=tiles.bk,
             GROUP=plan.group,
@@ -220,7 +211,6 @@ class Run:
             GATHER=gather,
             KN=transposed,
             BM=plan.rows,
-            MORE=plan.more_rows,
             BN=tiles.bn,
             BK=tiles.bk,
             GROUP=plan.group,
@@ -258,7 +248,7 @@ def _padded(rank: int) -> int:
     return next_power(rank, 16) if rank else 0
 
 
-def _through_float32(problem: Problem) -> Problem:
+def through_float32(problem: Problem) -> Problem:
     """The interpreter computes bfloat16 wrongly (`kernels.md` §9): do everything in float32 there."""
     p, lora = problem, problem.lora
 
@@ -281,10 +271,12 @@ def forward(problem: Problem, plan: Plan | None = None) -> tuple[Tensor, list[Te
     if not problem.slots:
         return problem.hidden.new_zeros((problem.tokens, problem.width)), []
     if INTERPRETED and problem.dtype == torch.bfloat16:
-        problem = _through_float32(problem)
+        problem = through_float32(problem)
     plan = plan or plan_for(problem, interpreted=INTERPRETED)
     if problem.hidden.is_cuda and not is_recording():
-        _compile_once(problem, plan)
+        from . import experts_compile_triton
+
+        experts_compile_triton.compile_once(problem, plan)
     p, lora = problem, problem.lora
     routing = route(p.index.contiguous(), p.weights.contiguous(), p.experts, plan.rows, plan.chunk)
     run = Run(p, plan, routing)
@@ -331,88 +323,8 @@ def unpack(problem: Problem, saved: list[Tensor]) -> tuple[list[Tensor | None], 
     return [gate_up, xa, ha, b_up, b_down], Routing(*rest)
 
 
-_compiled: set[tuple[object, ...]] = set()
-
-
-def _compile_once(problem: Problem, plan: Plan) -> None:
-    """Before the first call of a kind compile all its kernels, forward and backward, side by side."""
-    p = problem
-    tensors = (p.hidden, p.index, p.weights, p.gate_up, p.down, *_factors(p.lora))
-    kinds = [None if t is None else (t.dtype, t.shape[1:], t.requires_grad) for t in tensors]
-    key = (p.hidden.device, p.experts, p.top_k, p.act, p.dtype, plan, *kinds)
-    if key in _compiled:
-        return
-    _compiled.add(key)
-    meta = [None if t is None else torch.empty_like(t, device="meta") for t in tensors]
-    hidden, index, weights, gate_up, down, a_up, b_up, a_down, b_down = meta
-    lora = ExpertLora(a_up, b_up, p.lora.gate_up_scale, a_down, b_down, p.lora.down_scale)
-    needs = [t is not None and t.requires_grad for t in tensors]
-    del needs[1]
-    twin = Problem(hidden, index, weights, gate_up, down, lora, p.act, p.dtype)  # type: ignore[arg-type]
-    with recording() as records:
-        out, saved = forward(twin, plan)
-        if any(needs):
-            backward(twin, saved, torch.empty_like(out), Needs(*needs), plan)
-    compile_ahead(records, p.hidden.device)
-
-
-def _factors(lora: ExpertLora) -> tuple[Tensor | None, ...]:
-    return lora.gate_up_a, lora.gate_up_b, lora.down_a, lora.down_b
-
-
 def compile_specs() -> list[CompileSpec]:
-    """Every kernel of a forward and backward at the published shapes, for the compile check in CI."""
-    shapes = {
-        "gemma4": (8192, 128, 2816, 704, 8, "gelu_tanh"),
-        "qwen3_5": (8192, 256, 2048, 512, 8, "silu"),
-        "mixtral": (4096, 8, 4096, 14336, 2, "silu"),
-    }
-    specs: dict[str, CompileSpec] = {}
-    for label, (tokens, experts, width, inner, top_k, act) in shapes.items():
-        for spec in _specs_of(label, _meta_problem(tokens, experts, width, inner, top_k, act)):
-            specs.setdefault(repr(spec.key), spec)
-    return list(specs.values())
+    """Every kernel of a forward and backward at the published shapes, see `experts_compile_triton`."""
+    from . import experts_compile_triton
 
-
-def _meta_problem(
-    tokens: int,
-    experts: int,
-    width: int,
-    inner: int,
-    top_k: int,
-    act: str,
-    rank: int = 16,
-) -> Problem:
-    """A problem without memory: bfloat16 weights, float32 adapters and routing weights."""
-
-    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    wide = torch.float32
-    lora = ExpertLora(
-        meta(rank * experts, width, dtype=wide),
-        meta(2 * inner, rank * experts, dtype=wide),
-        2.0,
-        meta(rank * experts, inner, dtype=wide),
-        meta(width, rank * experts, dtype=wide),
-        2.0,
-    )
-    return Problem(
-        meta(tokens, width),
-        meta(tokens, top_k, dtype=torch.int64),
-        meta(tokens, top_k, dtype=wide),
-        meta(experts, 2 * inner, width),
-        meta(experts, width, inner),
-        lora,
-        act,
-        torch.bfloat16,
-    )
-
-
-def _specs_of(label: str, problem: Problem) -> list[CompileSpec]:
-    """Record one forward and backward of a problem on the meta device."""
-    everything = Needs(True, True, False, False, True, True, True, True)
-    with recording() as records:
-        out, saved = forward(problem)
-        backward(problem, saved, torch.empty_like(out), everything)
-    return [spec_of(record, label) for record in records]
+    return experts_compile_triton.specs()

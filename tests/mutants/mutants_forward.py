@@ -84,7 +84,7 @@ def reentrant_detaches_shared_keys(patch: pytest.MonkeyPatch) -> None:
     drop_patch(patch, "reentrant_shared_kv")
     around(
         patch,
-        "torch.utils.checkpoint:checkpoint",
+        "transformers.modeling_utils:checkpoint",
         lambda original: lambda *a, **k: original(*a, **{**k, "use_reentrant": True}),
     )
 

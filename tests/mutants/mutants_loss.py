@@ -217,3 +217,74 @@ def experts_lose_precision(patch: pytest.MonkeyPatch) -> None:
 
     for name in ("grouped_mm", "batched_mm"):
         experts_changed(patch, name, make)
+
+
+@mutant(
+    "b052",
+    case="L02/mixtral/fp64/single",
+    issue="https://github.com/axolotl-ai-cloud/axolotl/pull/3591",
+)
+def accumulation_is_a_mean_of_means(patch: pytest.MonkeyPatch) -> None:
+    """Micro-batches weigh alike, whatever their number of labels."""
+
+    def make(original: Any) -> Any:
+        def loss(model: Any, batch: Any, n: Any = None, **options: Any) -> Any:
+            return original(model, batch, None, **options) / 4
+
+        return loss
+
+    around(patch, "impl.fit:loss", make)
+
+
+@mutant(
+    "b054",
+    case="L03/mixtral/fp64/single",
+    issue="https://github.com/huggingface/transformers/issues/35207",
+)
+def the_last_window_keeps_the_first_count(patch: pytest.MonkeyPatch) -> None:
+    """A shorter window is divided by the number of tokens of a full one."""
+    seen: list[Any] = []
+
+    def make(original: Any) -> Any:
+        def count(self: Any, batches: Any, device: Any) -> Any:
+            seen.append(original(self, batches, device))
+            return seen[0]
+
+        return count
+
+    around(patch, "impl.fit:TokenWeightedTrainer._get_num_items_in_batch", make)
+
+
+@mutant(
+    "b055",
+    case="L08/mixtral/fp64/single",
+    issue="https://github.com/huggingface/transformers/issues/37766",
+)
+def smoothing_is_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """Label smoothing is asked for and not applied."""
+
+    def make(original: Any) -> Any:
+        return lambda model, batch, n=None, **options: original(model, batch, n)
+
+    around(patch, "impl.fit:loss", make)
+
+
+@mutant(
+    "b164",
+    case="R09/mixtral/-/single",
+    issue="https://github.com/huggingface/transformers/issues/46265",
+)
+def gate_and_up_change_places(patch: pytest.MonkeyPatch) -> None:
+    """Stacked experts hold the up rows first."""
+
+    def make(original: Any) -> Any:
+        def build(*args: Any, **options: Any) -> Any:
+            model = original(*args, **options)
+            for name, parameter in model.named_parameters():
+                if name.endswith("gate_up_proj"):
+                    parameter.data = parameter.data.roll(parameter.shape[1] // 2, 1)
+            return model
+
+        return build
+
+    around(patch, "impl.build:build", make)

@@ -1,0 +1,156 @@
+"""Compile every Triton kernel for Hopper without a GPU; fail on spills or serialized wgmma.
+
+Usage: ``python ci/compile_kernels.py [WORD ...]`` compiles what has a WORD in its name. A kernels
+module takes part by having ``compile_specs()``, whose entries are `launch.CompileSpec`s or tuples
+``(kernel, signature, constants, options)``. A spill is local memory traffic in a loop as a rule, and
+ptxas's C7515 means that products wait for each other: both are invisible in results and cost up to
+half the speed (`kernels.md` §7.3).
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MODULES = ("impl.kernels.experts_triton", "impl.kernels.cross_entropy_triton")
+ARCHITECTURE = 90
+# Bytes a kernel may spill, with the reason: outside any loop they cost nothing that was measured.
+ALLOWED_SPILLS: dict[str, int] = {"up_kernel": 64}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one compilation came to."""
+
+    name: str
+    seconds: float
+    registers: int
+    spilled: int
+    shared: int
+    serialized: bool
+    error: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether the kernel must not be shipped like this."""
+        allowed = ALLOWED_SPILLS.get(self.name.rsplit(":", 1)[-1], 0)
+        return bool(self.error) or self.serialized or self.spilled > allowed
+
+    def line(self) -> str:
+        """One line of the table."""
+        verdict = "FAILED" if self.failed else "ok"
+        text = f"{self.name:42s} {self.seconds:5.1f} s {self.registers:4d} registers "
+        text += f"{self.spilled:5d} B spilled {self.shared:7d} B shared  {verdict}"
+        return (
+            text + (" C7515" if self.serialized else "") + (f" {self.error}" if self.error else "")
+        )
+
+
+def specs() -> Iterator[
+    tuple[str, Any, dict[str, str], dict[str, Any], dict[Any, Any], dict[str, Any]]
+]:
+    """Every module's specs as (name, kernel, signature, constants, attributes, options)."""
+    for path in MODULES:
+        for spec in importlib.import_module(path).compile_specs():
+            if isinstance(spec, tuple):
+                kernel, signature, constants, options = spec
+                name, attributes = f"{path.rsplit('.', 1)[-1]}:{kernel.__name__}", {}
+                signature = {
+                    arg: "constexpr" if arg in constants else signature[arg]
+                    for arg in kernel.arg_names
+                }
+            else:
+                name, kernel, signature = spec.name, spec.kernel, spec.signature
+                constants, attributes, options = spec.constants, spec.attributes, spec.options
+            yield name, kernel, signature, constants, attributes, options
+
+
+def compile_one(
+    name: str,
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    attributes: dict[Any, Any],
+    options: dict[str, Any],
+) -> Result:
+    """Compile one kernel to PTX and on to machine code; never raises."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    start = time.time()
+    try:
+        source = ASTSource(kernel, signature, constants, attributes)
+        compiled = triton.compile(
+            source, target=GPUTarget("cuda", ARCHITECTURE, 32), options=options
+        )
+        log = assemble(compiled.asm["ptx"])
+    except Exception as error:  # one kernel's failure must not hide the others'
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        return Result(name, time.time() - start, 0, 0, 0, False, text[-1][:200])
+    return Result(
+        name,
+        time.time() - start,
+        _number(r"Used (\d+) registers", log),
+        _number(r"(\d+) bytes spill stores", log),
+        int(compiled.metadata.shared),
+        "C7515" in log,
+    )
+
+
+def assemble(ptx: str) -> str:
+    """The verbose log of the first bundled ptxas that knows this PTX version."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        for tool in ("ptxas", "ptxas-blackwell"):
+            if not (tools / tool).exists():
+                continue
+            command = [
+                tools / tool,
+                "-v",
+                f"--gpu-name=sm_{ARCHITECTURE}a",
+                source,
+                "-o",
+                "/dev/null",
+            ]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if "Unsupported .version" in done.stderr:
+                continue
+            if done.returncode:
+                raise RuntimeError(f"{tool}: {done.stderr.strip()}")
+            return done.stderr
+    raise RuntimeError("no bundled ptxas takes this PTX version")
+
+
+def _number(pattern: str, text: str) -> int:
+    return max((int(found) for found in re.findall(pattern, text)), default=0)
+
+
+def main(words: list[str]) -> int:
+    """Compile, print the table, return the number of failures as far as an exit status can."""
+    start, failures, count = time.time(), 0, 0
+    for spec in specs():
+        if words and not any(word in spec[0] for word in words):
+            continue
+        result = compile_one(*spec)
+        failures, count = failures + result.failed, count + 1
+        print(result.line(), flush=True)
+    print(f"{count} kernels, {failures} failed, {time.time() - start:.0f} s")
+    return min(failures, 125)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    raise SystemExit(main(sys.argv[1:]))
