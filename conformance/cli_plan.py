@@ -6,6 +6,10 @@ Nothing heavy is imported until the command runs, so that `--help` needs no torc
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module, util
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +26,7 @@ from conformance.strategies import STRATEGIES
 
 FORMATS = ("yaml", "args", "json")
 BAD_INPUT, REFUSED = 2, 1
+_PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "host")
 
 
 def plan_command(
@@ -33,20 +38,27 @@ def plan_command(
         str, typer.Option(help=f"How it is spread: {', '.join(STRATEGIES)}.")
     ] = "single",
     format: Annotated[str, typer.Option(help="yaml (axolotl's keys), args or json.")] = "yaml",
-    option: Annotated[
-        list[str] | None,
-        typer.Option("--option", "-o", help="A wish as KEY=VALUE, such as lora_r=32."),
-    ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Add where and why the plan differs from the guide.")
     ] = False,
     compare_strategies: Annotated[
         bool, typer.Option("--compare-strategies", help="Rank the strategies by memory per GPU.")
     ] = False,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-o", help="A wish as KEY=VALUE, such as lora_r=32 or ranks=8."),
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of a row, for the comparison of memory.")
+    ] = 2048,
 ) -> None:
     """Plan the training of a model from its config.json; nothing is downloaded or loaded."""
     try:
-        output = _run(path, setting, strategy, format, option or [], explain, compare_strategies)
+        request = _request(Path(path), setting, strategy, format, option or [])
+        if compare_strategies:
+            output = _comparison(request, format, tokens)
+        else:
+            output = _plan(request, format, explain)
     except _Stop as stop:
         Console(stderr=True, soft_wrap=True, highlight=False).print(escape(str(stop)))
         raise typer.Exit(stop.status) from None
@@ -63,16 +75,20 @@ class _Stop(Exception):
         self.status = status
 
 
-def _run(
-    path: Path,
-    setting: str,
-    strategy: str,
-    format: str,
-    options: list[str],
-    explain: bool,
-    compare: bool,
-) -> list[Any]:
-    """The parts to print; _Stop for anything that ends in one line."""
+@dataclass(frozen=True)
+class _Request:
+    """A request whose words are all known. root: the reference's package. traits: of the model."""
+
+    path: Path
+    setting: Setting
+    strategy: str
+    wishes: dict[str, Any]
+    root: str
+    traits: Any
+
+
+def _request(path: Path, setting: str, strategy: str, format: str, options: list[str]) -> _Request:
+    """Read what was asked for; _Stop, one line, for a word or a config that makes no sense."""
     if format not in FORMATS:
         raise _Stop(f"--format {format}: it is one of {', '.join(FORMATS)}")
     if strategy not in STRATEGIES:
@@ -82,9 +98,20 @@ def _run(
     except ValueError as error:
         raise _Stop(f"--setting: {error}") from None
     wishes = dict(_wish(text) for text in options)
-    errors = import_module(f"{reference_package()}.errors")
+    root = reference_package()
+    with _one_line(root):
+        traits = import_module(f"{root}.detect").detect(path, wishes.get("auto_class"))
+    if not traits.known:
+        raise _Stop(f"{path}: {traits.notes[0].partition(';')[0]}; is it new, or misspelt?")
+    return _Request(path, asked, strategy, wishes, root, traits)
+
+
+@contextmanager
+def _one_line(root: str) -> Iterator[None]:
+    """Turn the reference's refusals and config errors into one line and an exit status."""
+    errors = import_module(f"{root}.errors")
     try:
-        return _plan(path, asked, strategy, format, wishes, explain, compare)
+        yield
     except errors.Refused as refusal:
         raise _Stop(f"refused: {refusal}", REFUSED) from None
     except errors.ConfigError as error:
@@ -101,31 +128,24 @@ def _wish(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def _plan(
-    path: Path,
-    setting: Setting,
-    strategy: str,
-    format: str,
-    wishes: dict[str, Any],
-    explain: bool,
-    compare: bool,
-) -> list[Any]:
-    root = reference_package()
-    traits = import_module(f"{root}.detect").detect(path, wishes.get("auto_class"))
-    if not traits.known:
-        raise _Stop(f"{path}: {traits.notes[0].partition(';')[0]}; is it new, or misspelt?")
-    if compare:
-        return _comparison(root, path, setting, wishes)
-    plan = import_module(f"{root}.plan").plan(traits, setting, strategy, **wishes)
+def _plan(request: _Request, format: str, explain: bool) -> list[Any]:
+    """The plan in the format asked for, and the deviations."""
+    root, path = request.root, request.path
+    make = import_module(f"{root}.plan").plan
+    with _one_line(root):
+        plan = make(request.traits, request.setting, request.strategy, **request.wishes)
     export = import_module(f"{root}.export")
+    told = [_explained(export, plan)] if explain else []
     if format == "json":
-        text = export.to_json(plan) + "\n"
-        return [text, *([] if not explain else [_explained(export, plan)])]
+        body = json.loads(export.to_json(plan))
+        if explain:
+            body["_deviations"] = [vars(row) for row, _ in export.rows_of(plan)]
+        return [json.dumps(body, indent=2, ensure_ascii=False) + "\n"]
+    if format == "args":
+        notes = [f"# ! {sentence}\n" for sentence in plan.warnings]
+        return [*notes, _coloured(export.to_args_text(plan), "python"), *told]
     folder = path if path.is_dir() else path.parent
-    yaml = export.to_yaml(plan, str(folder)) if format == "yaml" else export.to_args_text(plan)
-    shown = _coloured(yaml, "yaml" if format == "yaml" else "python")
-    notes = [] if format == "yaml" else [f"# ! {sentence}\n" for sentence in plan.warnings]
-    return [*notes, shown, *([_explained(export, plan)] if explain else [])]
+    return [_coloured(export.to_yaml(plan, str(folder)), "yaml"), *told]
 
 
 def _coloured(text: str, language: str) -> Any:
@@ -148,9 +168,37 @@ def _explained(export: Any, plan: Any) -> Any:
     return table
 
 
-def _comparison(root: str, path: Path, setting: Setting, wishes: dict[str, Any]) -> list[Any]:
-    """The strategies ranked by the memory estimate of `impl/memory.py`."""
+def _comparison(request: _Request, format: str, tokens: int) -> list[Any]:
+    """The strategies by the memory that one GPU needs, least first; refused ones with the
+    reason.
+    """
+    root = request.root
     if util.find_spec(f"{root}.memory") is None:
         raise _Stop("--compare-strategies: this installation has no memory estimate")
-    result = import_module(f"{root}.memory").compare_strategies(path, setting, **wishes)
-    return [result]
+    unused = sorted(set(request.wishes) - {"ranks"})
+    if unused:
+        raise _Stop(f"--compare-strategies takes no option but ranks, not {', '.join(unused)}")
+    ranks = request.wishes.get("ranks", 8)
+    if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
+        raise _Stop(f"--option ranks={ranks}: it must be a positive whole number")
+    compare = import_module(f"{root}.memory").compare_strategies
+    with _one_line(root), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of libraries, about a model that is never trained
+        _, config = import_module(f"{root}.detect_config").load_fields(request.path)
+        found = compare(config, request.setting, ranks, tokens=tokens)
+    if format == "json":
+        return [json.dumps([vars(estimate) for estimate in found], indent=2) + "\n"]
+    title = f"GiB of one GPU ({request.setting.id}, {ranks} GPUs, {tokens} tokens a row)"
+    refused = [f"{e.strategy}: {e.refused}\n" for e in found if e.refused]
+    return [_memory_table([e for e in found if not e.refused], title), *refused]
+
+
+def _memory_table(found: list[Any], title: str) -> Table:
+    table = Table(title=title)
+    table.add_column("strategy")
+    for column in (*_PARTS, "total"):
+        table.add_column(column, justify="right")
+    for estimate in found:
+        sizes = [getattr(estimate, part) for part in (*_PARTS, "total")]
+        table.add_row(estimate.strategy, *(f"{size / 2**30:.1f}" for size in sizes))
+    return table

@@ -12,7 +12,10 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
+from conformance.checkpoint import build_config
 from conformance.cli_plan import plan_command
+from conformance.families import MODELS
+from conformance.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = ROOT / "fixtures" / "published"
@@ -112,6 +115,26 @@ def test_bad_options(args: tuple[str, ...], says: str, status: int) -> None:
     assert got == status, err
     assert says in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_compare_strategies(tmp_path: Path) -> None:
+    """Every strategy is ranked by memory or refused with its reason."""
+    config = build_config(MODELS["gemma4-moe"])
+    config.save_pretrained(tmp_path)
+    asked = ("--compare-strategies", "-o", "ranks=2", "--tokens", "32", "--setting", "bf16+lora")
+    status, out, err = run(str(tmp_path), *asked, "--format", "json")
+    assert status == 0, err
+    found = {row["strategy"]: row for row in json.loads(out)}
+    assert set(found) == set(STRATEGIES)
+    assert found["fsdp1"]["refused"]
+    totals = [row["total"] for row in json.loads(out) if not row["refused"]]
+    assert totals == sorted(totals)
+    status, out, _ = run(str(tmp_path), *asked)
+    assert status == 0
+    assert "fsdp2" in out
+    status, _, err = run(str(tmp_path), *asked, "-o", "lora_r=3")
+    assert status == 2
+    assert "lora_r" in err
 
 
 def test_help_imports_no_torch() -> None:
