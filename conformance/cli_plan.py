@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.syntax import Syntax
@@ -189,12 +190,12 @@ def _comparison(request: _Request, format: str, tokens: int) -> list[Any]:
     if format == "json":
         return [json.dumps([vars(estimate) for estimate in found], indent=2) + "\n"]
     title = f"GiB of one GPU ({request.setting.id}, {ranks} GPUs, {tokens} tokens a row)"
-    refused = [f"{e.strategy}: {e.refused}\n" for e in found if e.refused]
+    refused = [f"refused: {e.strategy}: {e.refused}\n" for e in found if e.refused]
     return [_memory_table([e for e in found if not e.refused], title), *refused]
 
 
 def _memory_table(found: list[Any], title: str) -> Table:
-    table = Table(title=title)
+    table = Table(title=title, box=SIMPLE, pad_edge=False)
     table.add_column("strategy")
     for column in (*_PARTS, "total"):
         table.add_column(column, justify="right")
