@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
+from .adapter_layout import mend_file
 from .checkpoints import load, load_weights
 from .collate import collate, label_free_ids
 from .errors import Refused
 from .loss import count_items, loss, loss_and_outputs
-from .model_facts import device_of, is_adapted, text_config, unwrap
+from .model_facts import device_of, is_adapted, text_config, unwrap, without_parallel
 from .prepare import prepare
 from .prepared import state_of
 from .training_plan import TrainingPlan
@@ -60,6 +61,11 @@ class TokenWeightedTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         return SequentialSampler(dataset)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if is_adapted(self.model):
+            mend_file(without_parallel(self.model), Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

@@ -266,6 +266,37 @@ def test_parametrization_leak() -> None:
     assert _drift() > 1e-3
 
 
+def _gradients(patched: bool) -> dict[str, bool]:
+    """Whether the adapters of two parametrised parameters of one module get a gradient, by name."""
+    from peft import LoraConfig, get_peft_model
+
+    model: Any = checkpoint.build_stock(spec("mixtral"))
+    targets = []
+    for i, layer in enumerate(model.model.layers):
+        for name in ("gate_up_proj", "down_proj"):
+            parametrize.register_parametrization(layer.mlp.experts, name, _Identity())
+            targets.append(f"model.layers.{i}.mlp.experts.{name}")
+    config = LoraConfig(r=2, target_modules=[], target_parameters=targets, init_lora_weights=False)
+    adapted: Any = get_peft_model(model, config)
+    undo = apply("parametrization_leak", model, make_plan(lora=EXPERTS)) if patched else None
+    ids = torch.arange(3, 15)[None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted(input_ids=ids, labels=ids).loss.backward()
+    if undo is not None:
+        undo()
+    return {
+        m.parameter_name: m.lora_B["default"].weight.grad is not None
+        for m in adapted.modules()
+        if hasattr(m, "parameter_name")
+    }
+
+
+def test_the_second_parametrised_parameter_is_adapted_too() -> None:
+    assert sorted(_gradients(patched=False).values()) == [False, True]
+    assert all(_gradients(patched=True).values())
+
+
 def test_no_auxiliary_loss() -> None:
     model: Any = checkpoint.build_stock(spec("gemma4-moe"))
     ids = torch.arange(3, 15)[None]
