@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 
 def _chains(adapted: nn.Module) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Outermost wrapper's name, the parameters outermost first, and the same in the disk's order."""
+    """Outermost wrapper's name, its parameters outermost first, and those in the disk's order."""
     for name, module in adapted.named_modules():
         if not hasattr(module, "parameter_name") or name.endswith(".base_layer"):
             continue
-        nested, inner = [], module
+        nested: list[str] = []
+        inner: Any = module
         while hasattr(inner, "parameter_name"):
             nested.append(str(inner.parameter_name))
-            inner = inner.base_layer  # type: ignore[assignment]
+            inner = inner.base_layer
         defined = [*getattr(inner, "parametrizations", ()), *inner._parameters]
         yield name, nested, sorted(nested, key=defined.index, reverse=True)
 

@@ -102,7 +102,7 @@ def peft_config(model: nn.Module, plan: TrainingPlan) -> Any:
 
 
 def parameter_targets(model: nn.Module, targets: Iterable[str]) -> list[str]:
-    """Targets as PEFT must be given them: it matches parametrised weights by their full name only."""
+    """Targets as PEFT must be given them: parametrised weights by their full name only."""
     wanted = list(targets)
     names = [
         f"{name}.{key}"

@@ -98,8 +98,8 @@ def fit(
     their end; returns the Trainer (`state.log_history` holds the losses).
 
     A model that is not prepared is prepared by the plan (the trainer's `model` is the result).
-    accumulation: micro-batches a step, each weighted by its labelled tokens, also in a last, shorter
-    window. resume: a checkpoint directory written with `save_steps`; give `steps` as in the first
+    accumulation: micro-batches a step, each weighted by its labelled tokens, in a last, shorter
+    window too. resume: a checkpoint directory written with `save_steps`; give `steps` as in the first
     run. max_grad_norm: 0 does not clip. Without output_dir nothing is kept.
     """
     if steps < 1 or batch_size < 1 or accumulation < 1:

@@ -1,4 +1,4 @@
-"""4-bit base weights (NF4, bitsandbytes): linear layers and the 3-D expert weights that stock skips.
+"""4-bit base weights (NF4, bitsandbytes): linear layers and 3-D expert weights, which stock skips.
 
 transformers quantises modules that are `nn.Linear`, so a mixture of experts stays almost whole
 (bitsandbytes#1849: a "4-bit" model of 46 GB). Here an expert weight is packed too and expanded when
@@ -23,7 +23,7 @@ from .training_plan import TrainingPlan
 BLOCK = 64
 KIND = "nf4"
 SMALLEST_SIDE = 16
-"""Linear layers with fewer inputs or outputs keep their dtype: gates, step sizes, mixing weights."""
+"""Linear layers with fewer inputs or outputs keep their dtype: gates, step sizes, mixing."""
 
 
 class FourBit(nn.Module):
@@ -41,6 +41,7 @@ class FourBit(nn.Module):
         self.register_buffer("code", state.code, persistent=False)
 
     def forward(self, packed: Tensor) -> Tensor:
+        """The weight, from its packed bytes."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         state = QuantState(
@@ -68,7 +69,9 @@ def load_4bit(cls: Any, path: Path, plan: TrainingPlan, kwargs: dict[str, Any]) 
         raise Refused("4-bit weights compute in float32 or bfloat16, not float64")
     model = load_loudly(cls, path, kwargs)
     # FSDP shards what it is given by its dtype, which must be that of the other weights
-    storage = model.dtype if plan.strategy.startswith(("fsdp", "hsdp")) else torch.uint8
+    storage = (
+        getattr(torch, plan.dtype) if plan.strategy.startswith(("fsdp", "hsdp")) else torch.uint8
+    )
     quantize(model, storage)
     return model
 
@@ -176,7 +179,8 @@ def dequantize(model: nn.Module) -> None:
     import bitsandbytes as bnb
 
     for parent in list(model.modules()):
-        for leaf, child in list(parent.named_children()):
+        children: list[tuple[str, Any]] = list(parent.named_children())
+        for leaf, child in children:
             packed = child.get_base_layer() if hasattr(child, "get_base_layer") else child
             if not isinstance(packed, bnb.nn.Linear4bit):
                 continue

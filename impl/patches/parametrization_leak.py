@@ -14,9 +14,9 @@ from ..training_plan import TrainingPlan
 from .swap import swap
 
 REASON = (
-    "on quantised expert weights PEFT removes its proxy by one class and registers another, so each"
-    " forward adds the delta once more; and the second of two adapted parameters is read from a cache"
-    " filled before its adapter was there, so that it never acts"
+    "on quantised expert weights PEFT removes its proxy by one class and registers another: each"
+    " forward adds the delta once more; and the second of two adapted parameters is read from a"
+    " cache filled before its adapter was there, so that it never acts"
 )
 ISSUE = "https://github.com/huggingface/peft/blob/main/src/peft/tuners/lora/layer.py"
 _PROXIES = ("_LoraParameterProxy", "_LoraFactorsProxy")

@@ -382,7 +382,5 @@ def test_reentrant_shared_kv() -> None:
     assert off > 0.05, "reentrant gradients are right now: the patch can go"
     with pytest.raises(Refused, match="use_reentrant"):
         apply("reentrant_shared_kv", model, make_plan(checkpointing={"use_reentrant": True}))
-    with pytest.raises(Refused, match="'legacy'"):
-        apply("reentrant_shared_kv", model, make_plan(offload="legacy"))
     fine = make_plan(checkpointing={"use_reentrant": False})
     assert not patches.load("reentrant_shared_kv").applies_to(model, fine)
