@@ -99,7 +99,7 @@ def fit(
 
     A model that is not prepared is prepared by the plan (the trainer's `model` is the result).
     accumulation: micro-batches a step, each weighted by its labelled tokens, in a last, shorter
-    window too. resume: a checkpoint directory written with `save_steps`; give `steps` as in the first
+    window too. resume: a checkpoint directory written with `save_steps`; `steps` as in the first
     run. max_grad_norm: 0 does not clip. Without output_dir nothing is kept.
     """
     if steps < 1 or batch_size < 1 or accumulation < 1:
