@@ -16,6 +16,7 @@ from .adapter_layout import from_disk, mend_file
 from .adapters import parameter_targets
 from .errors import Refused
 from .model_facts import is_adapted, text_config, unwrap, without_parallel
+from .patches.literal_lora_targets import take_literally
 from .quantize import dequantize, is_quantized
 
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -136,10 +137,13 @@ def _load_adapter(model: nn.Module, folder: Path) -> nn.Module:
         short = {".".join(t.split(".")[-2:]) for t in config.target_parameters or ()}
         config.target_parameters = parameter_targets(base, sorted(short)) or None
         wide = all(t.dtype == torch.float32 for t in tensors.values())
+        literal = take_literally()
         try:
             adapted = get_peft_model(base, config, autocast_adapter_dtype=wide)
         except ValueError as error:
             raise Refused(f"{folder}: {error}") from error
+        finally:
+            literal()
     put_adapter(adapted, from_disk(adapted, tensors), folder)
     assert isinstance(adapted, nn.Module)
     return adapted

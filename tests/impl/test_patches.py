@@ -16,7 +16,7 @@ from impl.collate import collate
 from impl.errors import Refused
 from impl.patches import swap
 from impl.patches.token_weighted_loss import honours_item_count
-from tests.impl.plans import EXPERTS, make_plan, spec
+from tests.impl.plans import EXPERTS, LORA, make_plan, spec
 
 RECURRENT = ("qwen3_5-text", "qwen3_5_moe-text", "qwen3_next")
 
@@ -233,6 +233,26 @@ def test_clippable_linear() -> None:
     assert "Clippable" in type(wrapper).__name__, "the clamping was lost"
     with pytest.raises(ValueError, match="not supported"):
         _lora(checkpoint.build_stock(spec("gemma4-moe")), targets)
+
+
+def test_literal_lora_targets() -> None:
+    pattern = r"model\.layers\.\d+\.mlp\.shared_expert\.(gate|up|down)_proj"
+
+    def adapted() -> set[str]:
+        try:
+            model = _lora(checkpoint.build_stock(spec("qwen3_next")), pattern)
+        except ValueError:
+            return set()
+        return {n for n, _ in model.named_parameters() if "lora_A" in n}
+
+    assert not any("shared_expert" in name for name in adapted()), "PEFT takes it literally now"
+    undo = apply(
+        "literal_lora_targets", checkpoint.build_stock(spec("qwen3_next")), make_plan(lora=LORA)
+    )
+    names = adapted()
+    assert names and all(".shared_expert." in name for name in names)
+    undo()
+    assert not any("shared_expert" in name for name in adapted())
 
 
 class _Identity(nn.Module):
