@@ -12,8 +12,8 @@ from ..training_plan import TrainingPlan
 from .swap import swap
 
 REASON = (
-    "for model types that PEFT converts (qwen3_next), every target ending in gate, up or down_proj"
-    " becomes the routed experts, a regex that names the shared expert included: it is never adapted"
+    "for model types that PEFT converts (qwen3_next), a target ending in gate, up or down_proj"
+    " becomes the routed experts, even one that names the shared expert: that is never adapted"
 )
 ISSUE = "https://github.com/huggingface/peft/issues/3711"
 _CONVERTER = "convert_peft_config_for_transformers"
