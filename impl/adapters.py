@@ -95,10 +95,23 @@ def peft_config(model: nn.Module, plan: TrainingPlan) -> Any:
         bias="none",
         target_modules=lora.target_modules or [],
         exclude_modules=sorted(bypassed) or None,
-        target_parameters=list(lora.target_parameters) or None,
+        target_parameters=parameter_targets(model, lora.target_parameters) or None,
         modules_to_save=list(lora.modules_to_save) or None,
         task_type=None,
     )
+
+
+def parameter_targets(model: nn.Module, targets: Iterable[str]) -> list[str]:
+    """Targets as PEFT must be given them: parametrised weights by their full name only."""
+    wanted = list(targets)
+    names = [
+        f"{name}.{key}"
+        for name, module in unwrap(model).named_modules()
+        for key in getattr(module, "parametrizations", {})
+    ]
+    if not names:
+        return wanted
+    return [n for n in names if any(n == t or n.endswith(f".{t}") for t in wanted)] or wanted
 
 
 def refuse_dropout(dropout: float, target_parameters: Iterable[str]) -> None:

@@ -12,8 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapter_layout import from_disk, mend_file
+from .adapters import parameter_targets
 from .errors import Refused
 from .model_facts import is_adapted, text_config, unwrap, without_parallel
+from .patches.literal_lora_targets import take_literally
+from .quantize import dequantize, is_quantized
 
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -32,6 +36,11 @@ def save(model: nn.Module, path: Path | str) -> None:
     if is_adapted(model):
         # "auto" would ask the hub whether the vocabulary grew
         inner.save_pretrained(str(path), save_embedding_layers=False)
+        mend_file(inner, Path(path))
+    elif is_quantized(inner):
+        raise Refused(
+            "the model's weights are packed in 4 bits; save its adapter, or merge it first"
+        )
     else:
         inner.save_pretrained(str(path))
 
@@ -59,11 +68,8 @@ def merge(model: nn.Module) -> nn.Module:
     if not is_adapted(model):
         return model
     adapted = without_parallel(model)
-    base = unwrap(model)
-    if any(hasattr(p, "quant_state") for p in base.parameters()):
-        from .quantize import dequantize
-
-        dequantize(base)
+    if is_quantized(adapted):
+        dequantize(adapted)
     trained = _trained_copies(adapted)
     merged = adapted.merge_and_unload(safe_merge=True)
     for name, weights in trained.items():
@@ -128,17 +134,17 @@ def _load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     if not is_adapted(model):
         config.inference_mode = False
         config.target_modules = _targets(base, config, tensors)
-        names = [n for n, _ in base.named_parameters()]
-        config.target_parameters = [
-            t if any(n.endswith(t) for n in names) else move(t)
-            for t in config.target_parameters or ()
-        ] or None
+        short = {".".join(t.split(".")[-2:]) for t in config.target_parameters or ()}
+        config.target_parameters = parameter_targets(base, sorted(short)) or None
         wide = all(t.dtype == torch.float32 for t in tensors.values())
+        literal = take_literally()
         try:
             adapted = get_peft_model(base, config, autocast_adapter_dtype=wide)
         except ValueError as error:
             raise Refused(f"{folder}: {error}") from error
-    put_adapter(adapted, tensors, folder)
+        finally:
+            literal()
+    put_adapter(adapted, from_disk(adapted, tensors), folder)
     assert isinstance(adapted, nn.Module)
     return adapted
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
+from .adapter_layout import mend_file
 from .checkpoints import load, load_weights
 from .collate import collate, label_free_ids
 from .errors import Refused
 from .loss import count_items, loss, loss_and_outputs
-from .model_facts import device_of, is_adapted, text_config, unwrap
+from .model_facts import device_of, is_adapted, text_config, unwrap, without_parallel
 from .prepare import prepare
 from .prepared import state_of
 from .training_plan import TrainingPlan
@@ -61,6 +62,11 @@ class TokenWeightedTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         return SequentialSampler(dataset)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if is_adapted(self.model):
+            mend_file(without_parallel(self.model), Path(output_dir or self.args.output_dir))
+
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
@@ -92,8 +98,8 @@ def fit(
     their end; returns the Trainer (`state.log_history` holds the losses).
 
     A model that is not prepared is prepared by the plan (the trainer's `model` is the result).
-    accumulation: micro-batches a step, each weighted by its labelled tokens, also in a last, shorter
-    window. resume: a checkpoint directory written with `save_steps`; give `steps` as in the first
+    accumulation: micro-batches a step, each weighted by its labelled tokens, in a last, shorter
+    window too. resume: a checkpoint directory written with `save_steps`; `steps` as in the first
     run. max_grad_norm: 0 does not clip. Without output_dir nothing is kept.
     """
     if steps < 1 or batch_size < 1 or accumulation < 1:

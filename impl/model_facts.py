@@ -94,9 +94,11 @@ def bidirectional_images(model: nn.Module) -> bool:
 def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules that hold all experts in parameters of rank 3, with their names."""
     for name, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        held = {key.rsplit("original", 1)[0]: p for key, p in own.items()}
-        if sum(p.dim() == 3 for p in held.values()) >= 2:
+        shapes = [p.shape for p in module.parameters(recurse=False)]
+        for chain in getattr(module, "parametrizations", {}).values():
+            # a packed weight knows the shape that it expands to
+            shapes.append(getattr(chain[0], "shape", chain.original.shape))
+        if sum(len(shape) == 3 for shape in shapes) >= 2:
             yield name, module
 
 

@@ -53,6 +53,7 @@ class ScaleReport(int):
     findings: tuple[Finding, ...]
 
     def __new__(cls, rescaled: int, findings: Iterable[Finding] = ()) -> ScaleReport:
+        """The count, with what led to it."""
         report = super().__new__(cls, rescaled)
         report.findings = tuple(findings)
         return report
@@ -69,8 +70,8 @@ def normalize_weight_scales(model: nn.Module, rules: Iterable[Mapping[str, Any]]
 
     rules: mappings of `name_pattern` (a regular expression, searched in the name; without it the
     rule is skipped with a warning), `threshold` (1.5; above 1) and `dry_run` (False).
-    A parameter is out of line if std / median > threshold or < 1 / threshold, strictly. It is scaled
-    about its mean, which is kept, so that doing it twice changes nothing more. Compared are
+    A parameter is out of line if std / median > threshold or < 1 / threshold, strictly. It is
+    scaled about its mean, which is kept, so that doing it twice changes nothing more. Compared are
     parameters of one shape, at least three of them; skipped, with the reason in the report, are
     adapters, quantised weights, single elements, and constant or non-finite ones.
     Sharded parameters are measured whole, so that all ranks decide alike.

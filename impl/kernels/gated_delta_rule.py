@@ -8,6 +8,7 @@ chunk) is kept only where both belong to one document.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -25,7 +26,12 @@ RULE_ARGUMENTS = (
     "output_final_state",
     "use_qk_l2norm_in_kernel",
 )
-_ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
 
 
 def causal_conv1d(
@@ -114,13 +120,14 @@ def chunked(
     repeat = heads // key.shape[2]
     if repeat > 1:
         query, key = (x.repeat_interleave(repeat, dim=2) for x in (query, key))
-    q, k, v = (
-        F.pad(x.transpose(1, 2).to(work), (0, 0, 0, pad)).unflatten(2, (-1, size))
-        for x in (query, key, value)
-    )
-    decay, rate = (
-        F.pad(x.transpose(1, 2).to(work), (0, pad)).unflatten(2, (-1, size)) for x in (g, beta)
-    )
+
+    def chunks(x: Tensor) -> Tensor:
+        """(B, S, H, ...) to (B, H, N, C, ...), padded with zeros."""
+        x = x.transpose(1, 2).to(work)
+        x = F.pad(x, (0,) * 2 * (x.dim() - 3) + (0, pad))
+        return x.reshape(*x.shape[:2], -1, size, *x.shape[3:])
+
+    q, k, v, decay, rate = (chunks(x) for x in (query, key, value, g, beta))
     # padding continues the last document and changes nothing: k = 0, beta = 0, decay 1
     docs = F.pad(document_ids[:, None].to(work), (0, pad), mode="replicate")[:, 0]
     docs = docs.reshape(batch, 1, -1, size)

@@ -27,6 +27,7 @@ NAMES: tuple[str, ...] = (
     "embeds_without_per_layer_inputs",
     "token_weighted_loss",
     "clippable_linear",
+    "literal_lora_targets",
     "parametrization_leak",
 )
 

@@ -25,6 +25,6 @@ def applies_to(model: nn.Module, plan: TrainingPlan) -> bool:
 def apply(model: nn.Module, plan: TrainingPlan) -> Callable[[], None]:
     """Refuse: there is nothing to repair, non-reentrant checkpointing is the right one."""
     raise Refused(
-        f"use_reentrant=True on {type(model).__name__}, whose layers share keys and values, gives wrong"
-        ' gradients; use gradient_checkpointing_kwargs={"use_reentrant": False}'
+        f"use_reentrant=True on {type(model).__name__}, whose layers share keys and values, gives"
+        ' wrong gradients; use gradient_checkpointing_kwargs={"use_reentrant": False}'
     )

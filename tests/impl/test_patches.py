@@ -16,7 +16,7 @@ from impl.collate import collate
 from impl.errors import Refused
 from impl.patches import swap
 from impl.patches.token_weighted_loss import honours_item_count
-from tests.impl.plans import EXPERTS, make_plan, spec
+from tests.impl.plans import EXPERTS, LORA, make_plan, spec
 
 RECURRENT = ("qwen3_5-text", "qwen3_5_moe-text", "qwen3_next")
 
@@ -36,8 +36,9 @@ def apply(name: str, model: nn.Module, plan: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def _nothing_global_is_left() -> Any:
+    before = swap.swapped()
     yield
-    assert swap.swapped() == 0, "a global replacement was left behind"
+    assert swap.swapped() == before, "a global replacement was left behind"
 
 
 def test_every_patch_says_why() -> None:
@@ -235,6 +236,26 @@ def test_clippable_linear() -> None:
         _lora(checkpoint.build_stock(spec("gemma4-moe")), targets)
 
 
+def test_literal_lora_targets() -> None:
+    pattern = r"model\.layers\.\d+\.mlp\.shared_expert\.(gate|up|down)_proj"
+
+    def adapted() -> set[str]:
+        try:
+            model = _lora(checkpoint.build_stock(spec("qwen3_next")), pattern)
+        except ValueError:
+            return set()
+        return {n for n, _ in model.named_parameters() if "lora_A" in n}
+
+    assert not any("shared_expert" in name for name in adapted()), "PEFT takes it literally now"
+    undo = apply(
+        "literal_lora_targets", checkpoint.build_stock(spec("qwen3_next")), make_plan(lora=LORA)
+    )
+    names = adapted()
+    assert names and all(".shared_expert." in name for name in names)
+    undo()
+    assert not any("shared_expert" in name for name in adapted())
+
+
 class _Identity(nn.Module):
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return weight
@@ -264,6 +285,37 @@ def test_parametrization_leak() -> None:
     assert _drift() == 0
     undo()
     assert _drift() > 1e-3
+
+
+def _gradients(patched: bool) -> dict[str, bool]:
+    """Whether the adapters of two parametrised parameters of one module get a gradient, by name."""
+    from peft import LoraConfig, get_peft_model
+
+    model: Any = checkpoint.build_stock(spec("mixtral"))
+    targets = []
+    for i, layer in enumerate(model.model.layers):
+        for name in ("gate_up_proj", "down_proj"):
+            parametrize.register_parametrization(layer.mlp.experts, name, _Identity())
+            targets.append(f"model.layers.{i}.mlp.experts.{name}")
+    config = LoraConfig(r=2, target_modules=[], target_parameters=targets, init_lora_weights=False)
+    adapted: Any = get_peft_model(model, config)
+    undo = apply("parametrization_leak", model, make_plan(lora=EXPERTS)) if patched else None
+    ids = torch.arange(3, 15)[None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted(input_ids=ids, labels=ids).loss.backward()
+    if undo is not None:
+        undo()
+    return {
+        m.parameter_name: m.lora_B["default"].weight.grad is not None
+        for m in adapted.modules()
+        if hasattr(m, "parameter_name")
+    }
+
+
+def test_the_second_parametrised_parameter_is_adapted_too() -> None:
+    assert sorted(_gradients(patched=False).values()) == [False, True]
+    assert all(_gradients(patched=True).values())
 
 
 def test_no_auxiliary_loss() -> None:
@@ -351,7 +403,5 @@ def test_reentrant_shared_kv() -> None:
     assert off > 0.05, "reentrant gradients are right now: the patch can go"
     with pytest.raises(Refused, match="use_reentrant"):
         apply("reentrant_shared_kv", model, make_plan(checkpointing={"use_reentrant": True}))
-    with pytest.raises(Refused, match="'legacy'"):
-        apply("reentrant_shared_kv", model, make_plan(offload="legacy"))
     fine = make_plan(checkpointing={"use_reentrant": False})
     assert not patches.load("reentrant_shared_kv").applies_to(model, fine)
