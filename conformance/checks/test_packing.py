@@ -94,8 +94,9 @@ def test_documents_are_isolated(case: Case, subject: Subject, measured: Measured
     kinds = layer_types(model, spec)
     assert_reach(case, model, batch, measured, kinds)
     tables = dict(zip(kinds, expected_reach(model, spec, batch), strict=True))
+    lowest = torch.finfo(torch.float32).min
     additive = {
-        kind: torch.zeros(table.shape).masked_fill(~table, torch.finfo(torch.float32).min)[:, None]
+        kind: torch.zeros(table.shape).masked_fill(~table, lowest)[:, None].to(subject.device)
         for kind, table in tables.items()
     }
     mask: Any = additive if len(additive) > 1 else next(iter(additive.values()))
@@ -207,7 +208,7 @@ def test_per_token_keys_have_one_length(case: Case, subject: Subject, measured: 
     """
     samples, plan = subject.samples(count=3), subject.plan()
     collate = subject.impl.collate
-    options = [{}]
+    options: list[dict[str, int]] = [{}]
     if "pad_to_multiple_of" in inspect.signature(collate).parameters:
         options.append({"pad_to_multiple_of": 16})
 
