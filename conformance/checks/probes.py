@@ -162,7 +162,7 @@ def _reach_of(output: Tensor, leaves: Sequence[Tensor]) -> Tensor:
         found = torch.autograd.grad(told, sources, retain_graph=True, allow_unused=True)
         hits = [(g != 0).any(-1).reshape(-1, *g.shape[-3:-1]) for g in found if g is not None]
         rows.append(torch.cat(hits).any(0))
-    return torch.stack(rows, dim=1)
+    return torch.stack(rows, dim=1).cpu()
 
 
 def assert_reach(
@@ -174,7 +174,7 @@ def assert_reach(
     want = expected_reach(model, case.model, batch)
     types = layer_types(model, case.model)
     mask = batch.get("attention_mask")
-    real = torch.ones_like(want[0][..., 0]) if mask is None else mask.bool()
+    real = torch.ones_like(want[0][..., 0]) if mask is None else mask.bool().cpu()
     checked = [i for i, kind in enumerate(types) if kind in kinds]
     assert checked, f"{case.id}: the model has no layer of {', '.join(kinds)}"
     wrong = {i: ((got[i] != want[i]) & real[..., None]).nonzero() for i in checked}
@@ -220,7 +220,7 @@ def head_evidence(subject: Subject, model: nn.Module, batch: Batch, n: Any = Non
     return Head(caught[-1].detach(), gradient, head.weight, head.bias, float(loss.detach()))
 
 
-def routers_of(model: nn.Module) -> dict[str, nn.Module]:
+def routers_of(model: nn.Module) -> dict[str, Any]:
     """The routers, by name: modules beside experts that return (scores, weights, indices)."""
     return {
         name: module

@@ -113,7 +113,7 @@ def test_auxiliary_loss_is_the_formula(case: Case, subject: Subject, measured: M
     row = tolerance("loss/same-model")
     assert_close(case.id, "auxiliary loss", out.aux_loss, want, row, measured)
     for router in routers_of(model).values():
-        torch.nn.init.zeros_(router.weight)
+        router.weight.data.zero_()
     with torch.no_grad():
         flat = model(**batch, output_router_logits=True, use_cache=False).aux_loss
     assert_close(case.id, "balanced", flat, torch.tensor(float(top_k)), row, measured)
