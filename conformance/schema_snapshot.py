@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 VOLATILE = {"transformers_version", "_name_or_path", "id2label", "label2id", "torch_dtype"}
 Snapshot = dict[str, Any]
+MANY = 4  # names with one beginning are counted beyond this
 
 # The LoRA specs that users write, by name: arguments of peft.LoraConfig.
 LORA_SPECS: dict[str, dict[str, Any]] = {
@@ -223,20 +224,31 @@ def _part(label: str, old: Any, new: Any) -> Iterator[str]:
     if old == new:
         return
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for name in sorted({*old, *new}):
-            if name not in old:
-                yield f"{label}: {name} added ({_brief(new[name])})"
-            elif name not in new:
-                yield f"{label}: {name} removed ({_brief(old[name])})"
-            else:
-                yield from _part(f"{label}: {name}", old[name], new[name])
+        gone = {name: old[name] for name in old if name not in new}
+        come = {name: new[name] for name in new if name not in old}
+        yield from _names(label, "removed", gone)
+        yield from _names(label, "added", come)
+        for name in sorted(old.keys() & new.keys()):
+            yield from _part(f"{label}: {name}", old[name], new[name])
     elif isinstance(old, list) and isinstance(new, list):
-        gone = [item for item in old if item not in new]
-        come = [item for item in new if item not in old]
-        parts = [f"- {_brief(item)}" for item in gone] + [f"+ {_brief(item)}" for item in come]
+        parts = [f"- {_brief(item)}" for item in old if item not in new]
+        parts += [f"+ {_brief(item)}" for item in new if item not in old]
         yield f"{label}: {', '.join(parts) or 'order changed'}"
     else:
         yield f"{label}: {_brief(old)} → {_brief(new)}"
+
+
+def _names(label: str, what: str, entries: Mapping[str, Any]) -> Iterator[str]:
+    """Names that came or went: one by one, or by their common beginning where there are many."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(entries):
+        groups.setdefault(".".join(name.split(".")[:2]), []).append(name)
+    for beginning, names in groups.items():
+        if len(names) > MANY:
+            yield f"{label}: {len(names)} names under {beginning} {what} (such as {names[0]})"
+        else:
+            for name in names:
+                yield f"{label}: {name} {what} ({_brief(entries[name])})"
 
 
 def _brief(value: Any) -> str:

@@ -34,13 +34,11 @@ class Selection:
     device: str = "cpu"
 
     def arguments(self) -> list[str]:
-        """As pytest's options."""
-        found = ["--impl", self.impl, "--matrix", self.matrix, "--device", self.device]
+        """As pytest's options, each one word: pytest takes a separate value for a path."""
+        found = [f"--impl={self.impl}", f"--matrix={self.matrix}", f"--device={self.device}"]
         if self.markers:
             found += ["-m", self.markers]
-        for case in self.cases:
-            found += ["--case", case]
-        return found
+        return found + [f"--case={case}" for case in self.cases]
 
 
 @cache
@@ -165,7 +163,7 @@ def command_line(selection: Selection, report: Path) -> list[str]:
     """The interpreter's arguments for a run that writes a report."""
     where = [str(HERE / "checks")] if _checkout() else ["--pyargs", "conformance.checks"]
     quiet = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--tb=no"]
-    return ["-m", "pytest", *where, *quiet, "--report", str(report), *selection.arguments()]
+    return ["-m", "pytest", *where, *quiet, f"--report={report}", *selection.arguments()]
 
 
 def _checkout() -> Path | None:
