@@ -213,7 +213,8 @@ def _default_dtype(model: Model) -> str:
     from conformance.checkpoint import build_stock
 
     with tempfile.TemporaryDirectory() as folder:
-        build_stock(model, torch.bfloat16).save_pretrained(folder)
+        built: Any = build_stock(model, torch.bfloat16)
+        built.save_pretrained(folder)
         return str(_kind(model).from_pretrained(folder).dtype).removeprefix("torch.")
 
 
