@@ -7,6 +7,7 @@ import stat
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -210,6 +211,14 @@ def test_an_upgrade_runs_both_sides_compares_and_attributes(
     assert found.exit == 1
     assert found.attribution == {"A01/m/-/single": "demo 1 → 2"}
     assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["after.json", "before.json"]
+
+
+def test_what_fixed_a_case_is_said_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upgrade, "resolve", dict)
+    judge, _ = judged(tmp_path)
+    judge.request = replace(judge.request, before=("demo==2",), after=("demo==1",))
+    found = judge.judge()
+    assert found.exit == 0 and found.attribution == {"A01/m/-/single": "demo 2 → 1"}
 
 
 def test_a_second_judgement_comes_from_the_cache(
