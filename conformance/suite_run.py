@@ -21,6 +21,12 @@ from conformance.report import Report, ReportError, one_line, read
 
 HERE = Path(__file__).parent
 SOURCE_SUFFIXES = (".py", ".json", ".toml", ".safetensors")
+# Modules that read reports or command lines: they change no verdict, so a cached run survives them.
+READERS = frozenset(
+    "annotations attribution check_list cli cli_plan compare compare_output drift environments grid"
+    " markdown new_adapter page plots records reproduce suite_run terminal upgrade"
+    " upgrade_progress __main__".split()
+)
 
 
 @dataclass(frozen=True)
@@ -43,12 +49,13 @@ class Selection:
 
 @cache
 def suite_revision(impl: str) -> str:
-    """A hash of the suite's files and, for a stranger's adapter, of its module."""
+    """A hash of the files that decide verdicts and, for a stranger's adapter, of its module."""
     parts = [HERE, HERE / "impl" if (HERE / "impl").exists() else HERE.parent / "impl"]
     state = hashlib.sha256()
     for folder in parts:
         for path in sorted(folder.rglob("*")):
-            if path.suffix in SOURCE_SUFFIXES and path.is_file():
+            reader = path.parent == HERE and path.stem in READERS
+            if path.suffix in SOURCE_SUFFIXES and path.is_file() and not reader:
                 state.update(f"{path.relative_to(folder)}".encode())
                 state.update(path.read_bytes())
     origin = _adapter_file(impl)

@@ -263,3 +263,8 @@ def test_the_revision_follows_the_adapter(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "mine_b.py").write_text("IMPLEMENTATION = 2\n")
     names = ("mine_a:IMPLEMENTATION", "mine_b:IMPLEMENTATION", "transformers")
     assert len({suite_run.suite_revision(name) for name in names}) == 3
+
+
+def test_every_reader_of_records_is_a_module_of_the_suite() -> None:
+    missing = [n for n in suite_run.READERS if not (suite_run.HERE / f"{n}.py").exists()]
+    assert missing == []
