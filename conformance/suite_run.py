@@ -23,9 +23,29 @@ HERE = Path(__file__).parent
 SOURCE_SUFFIXES = (".py", ".json", ".toml", ".safetensors")
 # Modules that read reports or command lines: they change no verdict, so a cached run survives them.
 READERS = frozenset(
-    "annotations attribution check_list cli cli_plan compare compare_output drift environments grid"
-    " markdown new_adapter page plots records reproduce suite_run terminal upgrade"
-    " upgrade_progress __main__".split()
+    [
+        "annotations",
+        "attribution",
+        "check_list",
+        "cli",
+        "cli_plan",
+        "compare",
+        "compare_output",
+        "drift",
+        "environments",
+        "grid",
+        "markdown",
+        "new_adapter",
+        "page",
+        "plots",
+        "records",
+        "reproduce",
+        "suite_run",
+        "terminal",
+        "upgrade",
+        "upgrade_progress",
+        "__main__",
+    ]
 )
 
 
