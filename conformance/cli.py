@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from conformance import __version__
+from conformance.cli_plan import plan_command
 from conformance.errors import InputError
 from conformance.report import ReportError, one_line
 
@@ -34,14 +35,6 @@ class Format(StrEnum):
     html = "html"
 
 
-class PlanFormat(StrEnum):
-    """How a plan is printed."""
-
-    yaml = "yaml"
-    args = "args"
-    json = "json"
-
-
 Reports = Annotated[list[Path], typer.Argument(metavar="A.json [B.json ...]")]
 Out = Annotated[Path | None, typer.Option(help="Write here instead of printing.")]
 Impl = Annotated[str, typer.Option(help="reference, transformers, or package.module:attribute.")]
@@ -53,7 +46,7 @@ def report(
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page here.")] = None,
     markdown: Annotated[bool, typer.Option(help="Print markdown, for a CI summary.")] = False,
 ) -> None:
-    """Show one or several reports: as a page, as markdown, or as the short matrix."""
+    """Show reports as a page, markdown or matrix."""
     from conformance import records
 
     print(records.show(reports, html, markdown), end="")
@@ -69,7 +62,10 @@ def compare(
         Path | None, typer.Option(help="Expected changes (TOML); the suite's own if not given.")
     ] = None,
 ) -> None:
-    """What broke, is fixed, skipped or drifted between two reports; exit status 1 if it broke."""
+    """Compare two reports; status 1 if broken.
+
+    What broke, is fixed, no longer covered, drifted, slower, or announced upstream.
+    """
     from conformance import records
 
     text, status = records.compared(before, after, format.value, annotations)
@@ -94,7 +90,10 @@ def upgrade(
     out: Out = None,
     keep: Annotated[Path | None, typer.Option(help="Write both reports into this folder.")] = None,
 ) -> None:
-    """Judge an upgrade before making it: run the suite in both environments and compare."""
+    """Judge an upgrade before making it.
+
+    Runs the suite in both environments, compares, and says which package is to blame.
+    """
     from conformance import records
     from conformance.suite_run import Selection
     from conformance.upgrade import Request
@@ -114,32 +113,24 @@ def reproduce(
     case_id: Annotated[str, typer.Argument(metavar="CASE_ID")],
     out: Out = None,
 ) -> None:
-    """Write one self-contained script that shows a case without this suite."""
+    """Write a script that shows a case alone.
+
+    It needs torch, transformers and PEFT, not this suite: attach it to an upstream issue.
+    """
     from conformance import records
     from conformance.reproduce import script
 
     records.put(script(case_id), out)
 
 
-@app.command()
-def plan(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="config.json or its folder.")],
-    setting: Annotated[str, typer.Option(help="A setting id, such as lora+packed.")] = "lora",
-    strategy: Annotated[str, typer.Option(help="single, ddp, fsdp2, ...")] = "single",
-    format: Annotated[PlanFormat, typer.Option(help="Form of the output.")] = PlanFormat.yaml,
-    explain: Annotated[bool, typer.Option(help="Deviations, with the measurements.")] = False,
-) -> None:
-    """Print the training plan for a model's config.json, every value with its reason."""
-    from conformance.cli_plan import plan_command
-
-    raise typer.Exit(plan_command(str(config), setting, strategy, format.value, explain) or 0)
+app.command("plan")(plan_command)
 
 
 @app.command()
 def new_adapter(
     path: Annotated[Path, typer.Argument(help="File to write, such as mine.py.")],
 ) -> None:
-    """Write a typed adapter of some thirty lines for your own stack."""
+    """Write a typed adapter for your own stack."""
     from conformance.new_adapter import write_adapter
 
     print(write_adapter(path))
@@ -147,7 +138,7 @@ def new_adapter(
 
 @app.command()
 def catalogue(out: Out = None) -> None:
-    """Print the catalogue of checks, from their docstrings, as markdown."""
+    """Print the catalogue of checks (markdown)."""
     from conformance import records
     from conformance.check_list import catalogue_markdown
 
@@ -159,7 +150,10 @@ def schema(
     out: Out = None,
     against: Annotated[Path | None, typer.Option(help="Print differences to this one.")] = None,
 ) -> None:
-    """Snapshot what the installed versions expose: fields, signatures, modules, plans."""
+    """Snapshot what the installed versions are.
+
+    Config fields, signatures, modules, parameters, parallel plans, what LoRA specs adapt.
+    """
     from conformance import records
     from conformance.schema_snapshot import command
 

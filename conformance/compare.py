@@ -201,11 +201,11 @@ def _state(verdict: str) -> str:
 
 
 def _change(old: Row | None, new: Row) -> Change:
-    text = new.message or new.reason
+    text = (new.message or new.reason).removeprefix(f"{new.case_id}: ")
     if new.verdict == "xfailed":
         text = f"known: {new.reason or new.message}"
     elif old and new.verdict in WORKS:
-        text = old.reason or old.message
+        text = (old.reason or old.message).removeprefix(f"{old.case_id}: ")
     elif old and old.verdict == "xfailed" and new.verdict in FAILS:
         text = f"no longer fails as expected: {text}"
     issue = new.issue or (old.issue if old else "")

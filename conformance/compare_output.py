@@ -18,12 +18,13 @@ TEXT_LIMIT = 12  # cases shown of a group in text and markdown; JSON and HTML ha
 GROUP_LIMIT = 30
 
 
-def groups(changes: Sequence[Change]) -> list[tuple[Change, ...]]:
-    """Changes that say the same thing of one check, largest group first."""
-    found: dict[tuple[str, str], list[Change]] = {}
-    for change in changes:
-        says = _same_words(change)
-        found.setdefault((change.check or change.case_id, says), []).append(change)
+def groups(comparison: Comparison, section: str) -> list[tuple[Change, ...]]:
+    """A section's changes that say the same of one check, with one blame; largest group first."""
+    found: dict[tuple[str, str, str], list[Change]] = {}
+    for change in comparison.sections.get(section, ()):
+        blame = comparison.attribution.get(change.case_id, "")
+        key = (change.check or change.case_id, _same_words(change), blame)
+        found.setdefault(key, []).append(change)
     return sorted((tuple(g) for g in found.values()), key=lambda g: (-len(g), g[0].case_id))
 
 
@@ -44,7 +45,7 @@ def to_text(comparison: Comparison) -> str:
         if not changes:
             continue
         lines += ["", f"{heading} ({len(changes)})"]
-        found = groups(changes)
+        found = groups(comparison, name)
         limit = GROUP_LIMIT if name in ("broken", "fixed") else 8
         for group in found[:limit]:
             lines += _text_group(comparison, mark, group)
@@ -91,7 +92,7 @@ def to_markdown(comparison: Comparison) -> str:
             continue
         is_open = " open" if name == "broken" else ""
         lines += ["", f"<details{is_open}><summary>{heading} ({len(changes)})</summary>", ""]
-        for group in groups(changes)[:GROUP_LIMIT]:
+        for group in groups(comparison, name)[:GROUP_LIMIT]:
             lines += _markdown_group(comparison, mark, group)
         lines += ["", "</details>"]
     return "\n".join(lines) + "\n"

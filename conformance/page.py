@@ -35,7 +35,8 @@ TEXTS = ("reason", "issue", "message", "where", "repeat")
 
 @dataclass(frozen=True)
 class Problem:
-    """Cases of one implementation that share a verdict, a reason and an issue."""
+    """Cases of one implementation that share a verdict, a reason and an issue; `text` is the first
+    case's."""
 
     implementation: str
     verdict: str
@@ -102,6 +103,7 @@ def environment() -> Environment:
         glyphs=GLYPHS,
         meaning=MEANING,
         verdicts=VERDICTS,
+        bad=BAD,
         summary=summary,
         suite_version=__version__,
     )
@@ -120,11 +122,24 @@ def labels(reports: Sequence[Report]) -> list[str]:
     names = [report.implementation for report in reports]
     if len(set(names)) == len(names):
         return names
-    return [
-        f"{report.implementation} · transformers {report.versions.get('transformers', '?')}"
-        f" · {index + 1}"
-        for index, report in enumerate(reports)
+    with_versions = [
+        f"{name} ({', '.join(f'{p} {v}' for p, v in _moved(report, reports).items()) or 'same'})"
+        for name, report in zip(names, reports, strict=True)
     ]
+    return [
+        f"{name} {index + 1}" if with_versions.count(name) > 1 else name
+        for index, name in enumerate(with_versions)
+    ]
+
+
+def _moved(report: Report, reports: Sequence[Report]) -> dict[str, str]:
+    """The versions in which the reports differ."""
+    named = ("torch", "transformers", "peft", "accelerate")
+    return {
+        name: report.versions.get(name, "none")
+        for name in named
+        if len({other.versions.get(name) for other in reports}) > 1
+    }
 
 
 def number(value: float) -> str:
@@ -159,14 +174,26 @@ def largest_error(cell: Cell) -> str:
 
 
 def problems(name: str, report: Report) -> list[Problem]:
-    """What does not pass, grouped by verdict and reason: failures first, then the rest."""
-    groups: dict[tuple[str, str, str], list[Row]] = {}
+    """What does not pass, grouped by verdict, check and reason: failures first."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
     for row in sorted(report.rows, key=lambda r: r.case_id):
         if row.verdict != "passed":
-            text = row.message if row.verdict in BAD else row.reason
-            groups.setdefault((row.verdict, text, row.issue), []).append(row)
-    found = [Problem(name, *key, tuple(rows)) for key, rows in groups.items()]
+            text = problem_text(row)
+            failing = row.verdict in BAD
+            words = "".join(c for c in text if not c.isdigit())[:60] if failing else text
+            key = (row.verdict, row.check if failing else "", words, row.issue)
+            groups.setdefault(key, []).append(row)
+    found = [
+        Problem(name, key[0], problem_text(rows[0]), key[3], tuple(rows))
+        for key, rows in groups.items()
+    ]
     return sorted(found, key=lambda p: (WORST.index(p.verdict), -len(p.rows), p.text))
+
+
+def problem_text(row: Row) -> str:
+    """What is wrong, without the case id that messages begin with."""
+    text = row.message if row.verdict in BAD else row.reason
+    return text.removeprefix(f"{row.case_id}: ")
 
 
 def check_lines(reports: Sequence[Report]) -> list[CheckLine]:

@@ -14,7 +14,8 @@ import re
 import struct
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 VOLATILE = {"transformers_version", "_name_or_path", "id2label", "label2id", "torch_dtype"}
 Snapshot = dict[str, Any]
+MANY = 4  # names with one beginning are counted beyond this
 
 # The LoRA specs that users write, by name: arguments of peft.LoraConfig.
 LORA_SPECS: dict[str, dict[str, Any]] = {
@@ -75,36 +77,38 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def part(model: Model, name: str) -> Any:
+    """One part of a model's snapshot in the active environment, as its JSON file has it."""
+    found: Any = json.loads(json.dumps(PARTS[name](model)))
+    return found
+
+
 def _of_model(model: Model) -> dict[str, Any]:
+    return {name: part(model, name) for name in PARTS}
+
+
+@lru_cache(maxsize=4)
+def _built(model: Model) -> Any:
+    from conformance.checkpoint import build_stock
+
+    return build_stock(model)
+
+
+def _kind(model: Model) -> Any:
     import transformers
 
-    from conformance.checkpoint import build_config, build_stock
-
-    kind = getattr(transformers, model.model_class)
-    built = build_stock(model)
-    config = build_config(model)
-    return {
-        "config": dict(sorted(_config_fields(getattr(transformers, model.config_class)))),
-        "forward": [str(p) for p in _parameters(kind.forward)],
-        "modules": _folded((n, type(m).__name__) for n, m in built.named_modules() if n),
-        "no_split": sorted(getattr(built, "_no_split_modules", None) or ()),
-        "tied": _tied(kind),
-        "parameters": _folded((n, list(p.shape)) for n, p in built.named_parameters()),
-        "disk": _on_disk(built),
-        "plans": _plans(config, built),
-        "lora": {name: _adapted(model, spec) for name, spec in LORA_SPECS.items()},
-        "default_dtype": _default_dtype(kind, built),
-    }
+    return getattr(transformers, model.model_class)
 
 
-def _config_fields(kind: Any) -> Iterator[tuple[str, Any]]:
+def _config_fields(model: Model) -> dict[str, Any]:
     """Every field of a default instance, nested ones dotted."""
+    import transformers
+
     try:
-        data = kind().to_dict()
+        data = getattr(transformers, model.config_class)().to_dict()
     except Exception as error:
-        yield "(default instance)", f"{type(error).__name__}: {one_line(str(error), 120)}"
-        return
-    yield from _flat(data, "")
+        return {"(default instance)": f"{type(error).__name__}: {one_line(str(error), 120)}"}
+    return dict(sorted(_flat(data, "")))
 
 
 def _flat(data: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -118,11 +122,23 @@ def _flat(data: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value if len(text) < 120 else text[:117] + "..."
 
 
-def _parameters(function: Any) -> Iterator[str]:
-    for parameter in inspect.signature(inspect.unwrap(function)).parameters.values():
-        if parameter.name != "self":
-            bare = parameter.replace(annotation=inspect.Parameter.empty)
-            yield str(bare)
+def _forward(model: Model) -> list[str]:
+    """The forward's parameters with their defaults."""
+    parameters = inspect.signature(inspect.unwrap(_kind(model).forward)).parameters.values()
+    empty = inspect.Parameter.empty
+    return [str(p.replace(annotation=empty)) for p in parameters if p.name != "self"]
+
+
+def _modules(model: Model) -> dict[str, list[Any]]:
+    return _folded((n, type(m).__name__) for n, m in _built(model).named_modules() if n)
+
+
+def _no_split(model: Model) -> list[str]:
+    return sorted(getattr(_built(model), "_no_split_modules", None) or ())
+
+
+def _in_memory(model: Model) -> dict[str, list[Any]]:
+    return _folded((n, list(p.shape)) for n, p in _built(model).named_parameters())
 
 
 def _folded(pairs: Any) -> dict[str, list[Any]]:
@@ -135,16 +151,16 @@ def _folded(pairs: Any) -> dict[str, list[Any]]:
     return {name: sorted(values, key=str) for name, values in sorted(found.items())}
 
 
-def _tied(kind: Any) -> Any:
-    keys = getattr(kind, "_tied_weights_keys", None) or {}
+def _tied(model: Model) -> Any:
+    keys = getattr(_kind(model), "_tied_weights_keys", None) or {}
     return dict(sorted(keys.items())) if isinstance(keys, Mapping) else sorted(keys)
 
 
-def _on_disk(model: Any) -> dict[str, list[Any]]:
+def _on_disk(model: Model) -> dict[str, list[Any]]:
     """Names, shapes and dtypes of what `save_pretrained` writes, read off the files' headers."""
     pairs: list[tuple[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        _built(model).save_pretrained(folder)
         for path in sorted(Path(folder).glob("*.safetensors")):
             with path.open("rb") as file:
                 (size,) = struct.unpack("<Q", file.read(8))
@@ -154,8 +170,9 @@ def _on_disk(model: Any) -> dict[str, list[Any]]:
     return _folded(pairs)
 
 
-def _plans(config: Any, model: Any) -> dict[str, Any]:
+def _plans(model: Model) -> dict[str, Any]:
     """Tensor, expert and pipeline plans of the config, its decoder's, and the class."""
+    config = _built(model).config
     found: dict[str, Any] = {}
     for label, owner in (("", config), ("text.", config.get_text_config())):
         for name in ("base_model_tp_plan", "base_model_ep_plan", "base_model_pp_plan"):
@@ -163,10 +180,14 @@ def _plans(config: Any, model: Any) -> dict[str, Any]:
             if plan:
                 found[label + name] = {key: str(value) for key, value in sorted(plan.items())}
     for name in ("_tp_plan", "_ep_plan"):
-        plan = getattr(type(model), name, None)
+        plan = getattr(_kind(model), name, None)
         if isinstance(plan, Mapping) and plan:
             found[name] = {key: str(value) for key, value in sorted(plan.items())}
     return found
+
+
+def _lora(model: Model) -> dict[str, Any]:
+    return {name: _adapted(model, spec) for name, spec in LORA_SPECS.items()}
 
 
 def _adapted(model: Model, spec: Mapping[str, Any]) -> Any:
@@ -185,13 +206,47 @@ def _adapted(model: Model, spec: Mapping[str, Any]) -> Any:
         return f"{type(error).__name__}: {one_line(str(error).split('.')[0], 160)}"
 
 
-def _default_dtype(kind: Any, model: Any) -> str:
+def _default_dtype(model: Model) -> str:
     """The dtype that `from_pretrained` without a dtype gives a bfloat16 checkpoint."""
     import torch
 
+    from conformance.checkpoint import build_stock
+
     with tempfile.TemporaryDirectory() as folder:
-        model.to(torch.bfloat16).save_pretrained(folder)
-        return str(kind.from_pretrained(folder).dtype).removeprefix("torch.")
+        built: Any = build_stock(model, torch.bfloat16)
+        built.save_pretrained(folder)
+        return str(_kind(model).from_pretrained(folder).dtype).removeprefix("torch.")
+
+
+PARTS: dict[str, Callable[[Model], Any]] = {
+    "config": _config_fields,
+    "forward": _forward,
+    "modules": _modules,
+    "no_split": _no_split,
+    "tied": _tied,
+    "parameters": _in_memory,
+    "disk": _on_disk,
+    "plans": _plans,
+    "lora": _lora,
+    "default_dtype": _default_dtype,
+}
+
+
+def part_differences(model: Model, names: tuple[str, ...]) -> list[str] | None:
+    """How some parts of a model differ from the committed snapshot of the installed transformers;
+    None where no snapshot of this version is committed or it lacks the model."""
+    path = schema_folder() / f"transformers-{_versions().get('transformers')}.json"
+    if not path.exists():
+        return None
+    committed = _committed(path)["models"].get(model.name)
+    if committed is None or "unavailable" in committed:
+        return None
+    return [line for name in names for line in _part(name, committed.get(name), part(model, name))]
+
+
+@lru_cache(maxsize=2)
+def _committed(path: Path) -> Snapshot:
+    return read_snapshot(path)
 
 
 def differences(old: Snapshot, new: Snapshot) -> list[str]:
@@ -223,20 +278,31 @@ def _part(label: str, old: Any, new: Any) -> Iterator[str]:
     if old == new:
         return
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for name in sorted({*old, *new}):
-            if name not in old:
-                yield f"{label}: {name} added ({_brief(new[name])})"
-            elif name not in new:
-                yield f"{label}: {name} removed ({_brief(old[name])})"
-            else:
-                yield from _part(f"{label}: {name}", old[name], new[name])
+        gone = {name: old[name] for name in old if name not in new}
+        come = {name: new[name] for name in new if name not in old}
+        yield from _names(label, "removed", gone)
+        yield from _names(label, "added", come)
+        for name in sorted(old.keys() & new.keys()):
+            yield from _part(f"{label}: {name}", old[name], new[name])
     elif isinstance(old, list) and isinstance(new, list):
-        gone = [item for item in old if item not in new]
-        come = [item for item in new if item not in old]
-        parts = [f"- {_brief(item)}" for item in gone] + [f"+ {_brief(item)}" for item in come]
+        parts = [f"- {_brief(item)}" for item in old if item not in new]
+        parts += [f"+ {_brief(item)}" for item in new if item not in old]
         yield f"{label}: {', '.join(parts) or 'order changed'}"
     else:
         yield f"{label}: {_brief(old)} → {_brief(new)}"
+
+
+def _names(label: str, what: str, entries: Mapping[str, Any]) -> Iterator[str]:
+    """Names that came or went: one by one, or by their common beginning where there are many."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(entries):
+        groups.setdefault(".".join(name.split(".")[:2]), []).append(name)
+    for beginning, names in groups.items():
+        if len(names) > MANY:
+            yield f"{label}: {len(names)} names under {beginning} {what} (such as {names[0]})"
+        else:
+            for name in names:
+                yield f"{label}: {name} {what} ({_brief(entries[name])})"
 
 
 def _brief(value: Any) -> str:
@@ -269,12 +335,15 @@ def command(against: Path | None) -> str:
 
 def committed_difference(before: Report, after: Report) -> list[str]:
     """Differences of the committed snapshots of two reports' transformers versions, if both are
-    there."""
+    there, for the models that the reports ask about."""
     numbers = [r.versions.get("transformers", "") for r in (before, after)]
     if numbers[0] == numbers[1] or not all(re.fullmatch(r"[\w.]+", n, re.ASCII) for n in numbers):
         return []
     paths = [schema_folder() / f"transformers-{number}.json" for number in numbers]
     if not all(path.exists() for path in paths):
         return []
+    asked = {row.model for report in (before, after) for row in report.rows}
     old, new = (read_snapshot(path) for path in paths)
+    for data in (old, new):
+        data["models"] = {name: m for name, m in data["models"].items() if name in asked}
     return differences(old, new)

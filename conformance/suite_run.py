@@ -21,6 +21,32 @@ from conformance.report import Report, ReportError, one_line, read
 
 HERE = Path(__file__).parent
 SOURCE_SUFFIXES = (".py", ".json", ".toml", ".safetensors")
+# Modules that read reports or command lines: they change no verdict, so a cached run survives them.
+READERS = frozenset(
+    [
+        "annotations",
+        "attribution",
+        "check_list",
+        "cli",
+        "cli_plan",
+        "compare",
+        "compare_output",
+        "drift",
+        "environments",
+        "grid",
+        "markdown",
+        "new_adapter",
+        "page",
+        "plots",
+        "records",
+        "reproduce",
+        "suite_run",
+        "terminal",
+        "upgrade",
+        "upgrade_progress",
+        "__main__",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -34,23 +60,22 @@ class Selection:
     device: str = "cpu"
 
     def arguments(self) -> list[str]:
-        """As pytest's options."""
-        found = ["--impl", self.impl, "--matrix", self.matrix, "--device", self.device]
+        """As pytest's options, each one word: pytest takes a separate value for a path."""
+        found = [f"--impl={self.impl}", f"--matrix={self.matrix}", f"--device={self.device}"]
         if self.markers:
             found += ["-m", self.markers]
-        for case in self.cases:
-            found += ["--case", case]
-        return found
+        return found + [f"--case={case}" for case in self.cases]
 
 
 @cache
 def suite_revision(impl: str) -> str:
-    """A hash of the suite's files and, for a stranger's adapter, of its module."""
+    """A hash of the files that decide verdicts and, for a stranger's adapter, of its module."""
     parts = [HERE, HERE / "impl" if (HERE / "impl").exists() else HERE.parent / "impl"]
     state = hashlib.sha256()
     for folder in parts:
         for path in sorted(folder.rglob("*")):
-            if path.suffix in SOURCE_SUFFIXES and path.is_file():
+            reader = path.parent == HERE and path.stem in READERS
+            if path.suffix in SOURCE_SUFFIXES and path.is_file() and not reader:
                 state.update(f"{path.relative_to(folder)}".encode())
                 state.update(path.read_bytes())
     origin = _adapter_file(impl)
@@ -165,7 +190,7 @@ def command_line(selection: Selection, report: Path) -> list[str]:
     """The interpreter's arguments for a run that writes a report."""
     where = [str(HERE / "checks")] if _checkout() else ["--pyargs", "conformance.checks"]
     quiet = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--tb=no"]
-    return ["-m", "pytest", *where, *quiet, "--report", str(report), *selection.arguments()]
+    return ["-m", "pytest", *where, *quiet, f"--report={report}", *selection.arguments()]
 
 
 def _checkout() -> Path | None:

@@ -17,7 +17,7 @@ def matrix_lines(report: Report, width: int = 100, unicode: bool = True) -> list
     glyphs = GLYPHS if unicode else ASCII
     table = grid(report)
     lines: list[str] = []
-    label = max((len(name) for name in table.models), default=0)
+    label = max([10, *map(len, table.models)])
     for title, columns in (("settings", table.settings), ("strategies", table.strategies)):
         for block in _blocks(columns, width - label - 1):
             lines += _block_lines(table, block, label, glyphs, title)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from conformance.annotations import read_annotations
-from conformance.attribution import attribute, bisect
-from conformance.compare import Comparison, compare
+from conformance.attribution import Ask, attribute, bisect
+from conformance.compare import WORKS, Comparison, compare
 from conformance.environments import (
     Environment,
     Pins,
@@ -71,7 +71,7 @@ class Upgrade:
         if self.request.keep:
             self.keep(before, after)
         found = compare(before, after, read_annotations(), committed_difference(before, after))
-        if not found.exit or old == new:
+        if old == new:
             return found
         return replace(found, attribution=self.attribute(found, old, new))
 
@@ -116,31 +116,44 @@ class Upgrade:
         return [run.result() for run in runs]
 
     def attribute(self, found: Comparison, old: Pins, new: Pins) -> Mapping[str, str]:
-        """Who is to blame for each broken case, in words."""
-        broken = [change.case_id for change in found.sections["broken"]]
-        blamed = attribute(broken, old, new, self.ask, self.say)
-        groups: dict[tuple[str, ...], list[str]] = {}
-        for case, names in blamed.items():
-            groups.setdefault(names, []).append(case)
+        """Who is to blame for each broken case, and thanks to whom each fixed one is, in words.
+
+        Fixed cases are asked about only where that is free (one package moved) or with `bisect`.
+        """
         said: dict[str, str] = {}
-        for names, cases in groups.items():
-            said.update(dict.fromkeys(cases, move_words(names, old, new)))
-            if self.request.bisect and len(names) == 1:
-                said.update(self.narrow(names[0], cases, old, new))
+        asked = [("broken", self.ask, "passes")]
+        if self.request.bisect or sum(old[name] != new[name] for name in new) == 1:
+            asked.append(("fixed", self.ask_inverted, "fails"))
+        for section, ask, word in asked:
+            cases = [change.case_id for change in found.sections[section]]
+            groups: dict[tuple[str, ...], list[str]] = {}
+            for case, names in attribute(cases, old, new, ask, self.say).items():
+                groups.setdefault(names, []).append(case)
+            for names, group in groups.items():
+                said.update(dict.fromkeys(group, move_words(names, old, new)))
+                if self.request.bisect and len(names) == 1:
+                    said.update(self.narrow(names[0], group, old, new, ask, word))
         return said
 
-    def narrow(self, name: str, cases: Sequence[str], old: Pins, new: Pins) -> Mapping[str, str]:
-        """The release of one package that broke each case."""
+    def narrow(
+        self, name: str, cases: Sequence[str], old: Pins, new: Pins, ask: Ask, word: str
+    ) -> Mapping[str, str]:
+        """The release of one package that changed each case."""
         releases = releases_between(name, old[name], new[name])
         if not releases:
             self.say(f"{name}: going back from {old[name]} to {new[name]} is not bisected")
             return {}
-        first = bisect(cases, name, old, releases, self.ask, self.say)
+        first = bisect(cases, name, old, releases, ask, self.say)
         before = dict(zip(releases, [old[name], *releases], strict=False))
         return {
-            case: f"{name} {release} (passes with {before[release]})"
+            case: f"{name} {release} ({word} with {before[release]})"
             for case, release in first.items()
         }
+
+    def ask_inverted(self, pins: Pins, cases: Sequence[str]) -> Mapping[str, str]:
+        """The same as `ask` with working and failing exchanged: to find what fixed a case."""
+        verdicts = self.ask(pins, cases)
+        return {case: "failed" if v in WORKS else "passed" for case, v in verdicts.items()}
 
     def ask(self, pins: Pins, cases: Sequence[str]) -> Mapping[str, str]:
         """Verdicts of some cases under some pins."""

@@ -216,3 +216,32 @@ def test_hostile_strings_reach_no_markup(form: str) -> None:
     if form == "json":
         assert json.loads(text)["exit"] == 1
     assert set(found.sections) == set(SECTIONS)
+
+
+def test_schema_snapshots_differ_in_words() -> None:
+    from conformance.schema_snapshot import differences
+
+    old = {"models": {"m": {"forward": ["a", "b"], "config": {"x": 1}}, "n": {"unavailable": "no"}}}
+    new = {"models": {"m": {"forward": ["a", "c"], "config": {"y": 2}}, "n": {"forward": []}}}
+    assert differences(old, new) == [
+        "m: config: x removed (1)",
+        "m: config: y added (2)",
+        "m: forward: - b, + c",
+        "n: model now available",
+    ]
+    many = {"models": {"m": {"disk": {f"a.b.{i}": 1 for i in range(9)}}}}
+    none: dict[str, dict[str, dict[str, dict[str, int]]]] = {"models": {"m": {"disk": {}}}}
+    assert differences(none, many) == ["m: disk: 9 names under a.b added (such as a.b.0)"]
+
+
+def test_every_committed_snapshot_can_be_read_and_compared() -> None:
+    from conformance.schema_snapshot import committed_difference, read_snapshot, schema_folder
+
+    paths = sorted(schema_folder().glob("transformers-*.json"))
+    assert len(paths) >= 5
+    assert all(read_snapshot(path)["versions"]["transformers"] in path.name for path in paths)
+    old, new = report({}, OLD), report({}, NEW)
+    assert committed_difference(old, new) == []
+    asked = (Row("A01/gemma4-moe/-/single", "passed"),)
+    lines = committed_difference(replace(old, rows=asked), replace(new, rows=asked))
+    assert lines and all("\n" not in line for line in lines)

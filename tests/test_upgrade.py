@@ -7,6 +7,7 @@ import stat
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -178,7 +179,7 @@ WRITE = """
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from conformance.report import Report, Row, write
-out = sys.argv[sys.argv.index("--report") + 1]
+out = next(a for a in sys.argv if a.startswith("--report=")).partition("=")[2]
 bad = {bad!r} in sys.argv[0]
 verdict = "failed" if bad else "passed"
 write(Report("x", (Row("A01/m/-/single", verdict), Row("B01/m/-/single", "passed"))), out)
@@ -210,6 +211,14 @@ def test_an_upgrade_runs_both_sides_compares_and_attributes(
     assert found.exit == 1
     assert found.attribution == {"A01/m/-/single": "demo 1 → 2"}
     assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["after.json", "before.json"]
+
+
+def test_what_fixed_a_case_is_said_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upgrade, "resolve", dict)
+    judge, _ = judged(tmp_path)
+    judge.request = replace(judge.request, before=("demo==2",), after=("demo==1",))
+    found = judge.judge()
+    assert found.exit == 0 and found.attribution == {"A01/m/-/single": "demo 2 → 1"}
 
 
 def test_a_second_judgement_comes_from_the_cache(
@@ -245,7 +254,7 @@ def test_no_case_matching_is_said(tmp_path: Path) -> None:
 def test_the_command_of_a_run_is_a_list_never_a_shell_line() -> None:
     hostile = Selection(markers="a; rm -rf ~", cases=("$(reboot)/m/-/single",))
     line = suite_run.command_line(hostile, Path("r.json"))
-    assert "a; rm -rf ~" in line and "$(reboot)/m/-/single" in line
+    assert "a; rm -rf ~" in line and "--case=$(reboot)/m/-/single" in line
 
 
 def test_the_revision_follows_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,3 +263,8 @@ def test_the_revision_follows_the_adapter(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "mine_b.py").write_text("IMPLEMENTATION = 2\n")
     names = ("mine_a:IMPLEMENTATION", "mine_b:IMPLEMENTATION", "transformers")
     assert len({suite_run.suite_revision(name) for name in names}) == 3
+
+
+def test_every_reader_of_records_is_a_module_of_the_suite() -> None:
+    missing = [n for n in suite_run.READERS if not (suite_run.HERE / f"{n}.py").exists()]
+    assert missing == []
