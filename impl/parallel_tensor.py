@@ -112,7 +112,8 @@ def refuse_layouts(config: Any, plan: ParallelPlan) -> None:
             f"{plan.strategy}: activation sparsity cuts off by statistics of all features, which a"
             " rank has only a part of; use ddp, fsdp2 or cp"
         )
-    if plan.tensor > 1 and text is not config and getattr(text, "hidden_size_per_layer_input", 0):
+    per_layer: Any = getattr(text, "hidden_size_per_layer_input", None)
+    if plan.tensor > 1 and text is not config and per_layer:
         raise Refused(
             f"{plan.strategy}: the multimodal class with per-layer inputs reads a row of the"
             " sharded embedding table; load the text-only class, or use fsdp2"
