@@ -97,6 +97,29 @@ def check_divisible(config: Any, plan: ParallelPlan) -> None:
         raise Refused(f"{plan.strategy}: {plan.expert} ranks do not divide {experts} experts")
 
 
+def refuse_layouts(config: Any, plan: ParallelPlan) -> None:
+    """Refuse models that a tensor-parallel plan computes wrongly or not at all (5.23).
+
+    Activation sparsity takes its cutoff from the mean and deviation of all features, and a shard
+    has its own: gemma3n's loss is off by 1 % and its gradients by their own size, silently.
+    A multimodal model with per-layer inputs reads a row of the embedding table, which is sharded:
+    "aten.where.self got mixed torch.Tensor and DTensor".
+    """
+    text = _text_config(config)
+    sparsity: Any = getattr(text, "activation_sparsity_pattern", None)
+    if plan.tensor > 1 and any(sparsity or ()):
+        raise Refused(
+            f"{plan.strategy}: activation sparsity cuts off by statistics of all features, which a"
+            " rank has only a part of; use ddp, fsdp2 or cp"
+        )
+    per_layer: Any = getattr(text, "hidden_size_per_layer_input", None)
+    if plan.tensor > 1 and text is not config and per_layer:
+        raise Refused(
+            f"{plan.strategy}: the multimodal class with per-layer inputs reads a row of the"
+            " sharded embedding table; load the text-only class, or use fsdp2"
+        )
+
+
 def load_sharded(
     model_class: Any, path: Path | str, plan: ParallelPlan, **arguments: Any
 ) -> nn.Module:
@@ -110,6 +133,7 @@ def load_sharded(
     spread = distributed_config(plan)
     config = arguments.pop("config", None) or AutoConfig.from_pretrained(path)
     check_divisible(config, plan)
+    refuse_layouts(config, plan)
     take_back = apply_to_config(config) if plan.strategy == "fsdp2_ep" else None
     model: nn.Module = model_class.from_pretrained(
         path, config=config, distributed_config=spread, **arguments

@@ -248,6 +248,18 @@ def test_sizes_that_ranks_do_not_divide() -> None:
         parallel_tensor.check_divisible(config, ParallelPlan.of("fsdp2_ep", (), 4))
 
 
+def test_layouts_that_tensor_parallel_gets_wrong() -> None:
+    """Statistics over sharded features, and a table that is read past its shards, are refused."""
+    plan = ParallelPlan.of("tp", (), 2)
+    with pytest.raises(Refused, match="activation sparsity"):
+        parallel_tensor.refuse_layouts(tiny_models.build("gemma3n").config, plan)
+    text = tiny_models.TINY["gemma4-e2b"][3]
+    model = tiny_models.build("gemma4-vision", **{**text, "enable_moe_block": False})
+    with pytest.raises(Refused, match="per-layer inputs"):
+        parallel_tensor.refuse_layouts(model.config, plan)
+    parallel_tensor.refuse_layouts(tiny_models.build("gemma4-e2b").config, plan)
+
+
 @pytest.mark.parametrize(
     ("name", "canonical"),
     [
