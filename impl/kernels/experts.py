@@ -8,6 +8,8 @@ and in Triton's interpreter on a CPU; everything else takes the grouped torch pa
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -117,7 +119,7 @@ class _Experts(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         *tensors, static = args
         problem = _problem(tensors, static)
-        with torch.autocast(problem.hidden.device.type, enabled=False):
+        with _quiet(problem.hidden.device):
             out, saved = _module(static[2]).forward(problem)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(*tensors, *saved)
@@ -139,10 +141,21 @@ class _Experts(torch.autograd.Function):
             down_a=needed[6],
             down_b=needed[7],
         )
-        with torch.autocast(grad.device.type, enabled=False):
+        with _quiet(grad.device):
             g: Gradients = _module(ctx.static[2]).backward(problem, saved, grad, needs)
         small = (g.gate_up_a, g.gate_up_b, g.down_a, g.down_b)
         return (g.hidden, g.weights, g.gate_up, g.down, *small, None, None)
+
+
+@contextmanager
+def _quiet(device: torch.device) -> Iterator[None]:
+    """Autocast off, and launches on the tensors' own device."""
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(device):
+            yield
 
 
 def _module(path: str) -> Any:

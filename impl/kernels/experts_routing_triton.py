@@ -79,7 +79,7 @@ def route(index: Tensor, weights: Tensor, experts: int, tile: int, chunk: int) -
         ROWS=max(8, 16384 // bins),
         TILE=tile,
         chunk_rows=chunk,
-        warps=16,
+        warps=8,
         stages=1,
     )
     launch(

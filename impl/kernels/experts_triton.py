@@ -265,7 +265,7 @@ def through_float32(problem: Problem) -> Problem:
     )  # fmt: skip
 
 
-def forward(problem: Problem, plan: Plan | None = None) -> tuple[Tensor, list[Tensor]]:
+def forward(problem: Problem, plan: Plan | None = None) -> tuple[Tensor, list[Any]]:
     """Return the output ``(T, H)`` in the dtype of hidden, and what backward needs."""
     kind = problem.hidden.dtype
     if not problem.slots:
@@ -296,7 +296,10 @@ def forward(problem: Problem, plan: Plan | None = None) -> tuple[Tensor, list[Te
     )  # fmt: skip
     out = run.empty(p.tokens, p.width, dtype=kind)
     run.combine(y, out)
-    return out, [t for t in (gate_up, xa, ha, b_up, b_down) if t is not None] + routing.tensors()
+    if not plan.keep_factors:
+        b_up = b_down = None
+    kept = [gate_up, xa, ha, b_up, b_down]
+    return out, kept + routing.tensors()
 
 
 def backward(
@@ -312,15 +315,9 @@ def backward(
     return experts_triton_backward.backward(problem, saved, grad, needs, plan)
 
 
-def unpack(problem: Problem, saved: list[Tensor]) -> tuple[list[Tensor | None], Routing]:
-    """Undo the packing of `forward`: [GU, XA, HA, B, B₂] with None for what has no adapter; routing."""
-    rest = iter(saved)
-    gate_up = next(rest)
-    xa = next(rest) if problem.rank_up else None
-    ha = next(rest) if problem.rank_down else None
-    b_up = next(rest) if problem.rank_up else None
-    b_down = next(rest) if problem.rank_down else None
-    return [gate_up, xa, ha, b_up, b_down], Routing(*rest)
+def unpack(saved: list[Any]) -> tuple[list[Tensor | None], Routing]:
+    """What `forward` saved: [GU, XA, HA, B, B₂], None for what there is not, and the routing."""
+    return saved[:5], Routing(*saved[5:])
 
 
 def compile_specs() -> list[CompileSpec]:

@@ -24,7 +24,7 @@ _FLOAT = torch.float32
 
 
 def backward(
-    problem: Problem, saved: list[Tensor], grad: Tensor, needs: Needs, plan: Plan | None
+    problem: Problem, saved: list[Any], grad: Tensor, needs: Needs, plan: Plan | None
 ) -> Gradients:
     """See `experts_triton.backward`."""
     given = problem
@@ -33,7 +33,7 @@ def backward(
     if INTERPRETED and problem.dtype == torch.bfloat16:
         problem = through_float32(problem)
     plan = plan or plan_for(problem, interpreted=INTERPRETED)
-    parts, routing = unpack(problem, saved)
+    parts, routing = unpack(saved)
     return _Backward(given, problem, plan, routing, parts, grad, needs).gradients()
 
 
@@ -79,6 +79,9 @@ class _Backward:
         gate_up, self.xa, self.ha, self.b_up, self.b_down = parts
         assert gate_up is not None
         self.gate_up = gate_up
+        if not plan.keep_factors:
+            self.b_down = self.run.swap_b(given.lora.down_b, problem.rank_down, self.run.rp_down)
+            self.b_up = self.run.swap_b(given.lora.gate_up_b, problem.rank_up, self.run.rp_up)
         self.grad = grad.to(problem.dtype).contiguous()
         self.pb_up: Tensor | None = None
 
@@ -92,6 +95,7 @@ class _Backward:
             left=pb_down, right=run.a_down, rank=self.p.rank_down,
         )  # fmt: skip
         self._middle(pb_down, out)
+        self.b_up = self.b_down = None
         if needs.gate_up:
             out.gate_up = self._weight_gradient(self.d, run.hidden, self.given.gate_up, False)
         if needs.hidden:
@@ -211,6 +215,7 @@ class _Backward:
             BC=plan.middle_columns,
             warps=plan.middle_warps,
             stages=plan.middle_stages,
+            registers=plan.middle_registers,
         )
 
     def _finish_rows(
@@ -250,7 +255,7 @@ class _Backward:
         p, run, tiles = self.p, self.run, self.plan.d_input
         out = _like(self.given.hidden)
         total = triton.cdiv(p.width, tiles.bn)
-        blocks = triton.cdiv(total, self.plan.input_parts)
+        blocks = self.plan.input_blocks or triton.cdiv(total, 2)
         buffer = run.empty(p.slots, min(blocks * tiles.bn, p.width))
         for first in range(0, total, blocks):
             count = min(blocks, total - first)

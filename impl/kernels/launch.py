@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -60,14 +61,69 @@ class CompileSpec:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *, warps: int, stages: int, **arguments: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *,
+    warps: int,
+    stages: int,
+    registers: int = 0,
+    **arguments: Any,
 ) -> None:
-    """Run ``kernel[grid](**arguments)``; an empty grid runs nothing; when recording, only note it."""
+    """Run ``kernel[grid](**arguments)``; an empty grid runs nothing; when recording, only note it.
+
+    ``registers`` caps the registers of a thread, 0 leaves them to the compiler.
+    """
     options = {"num_warps": warps, "num_stages": stages}
+    if registers:
+        options["maxnreg"] = registers
     if _RECORDER is not None:
         _RECORDER.append(Launch(kernel, grid, arguments, options))
-    elif all(grid):
+        return
+    if not all(grid):
+        return
+    modes = _modes(kernel)
+    if modes is None:
         kernel[grid](**arguments, **options)
+        return
+    values = [arguments[name] for name in modes]
+    device = torch.cuda.current_device()
+    key = (kernel, device, warps, stages, registers, *map(_kind, values, modes.values()))
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[grid](**arguments, **options)
+    else:
+        compiled[(*grid, 1, 1)[:3]](*values)
+
+
+_compiled: dict[tuple[object, ...], Any] = {}
+_CONSTANT, _PLAIN, _SPECIAL = range(3)
+
+
+@cache
+def _modes(kernel: Any) -> dict[str, int] | None:
+    """How each argument enters a kernel's compilation; None where Triton interprets it."""
+    if not isinstance(kernel, triton.runtime.JITFunction):
+        return None
+    return {
+        p.name: _CONSTANT if p.is_constexpr else _PLAIN if p.do_not_specialize else _SPECIAL
+        for p in kernel.params
+    }
+
+
+def _kind(value: Any, mode: int) -> object:
+    """What of an argument selects the compilation; at least as fine as Triton's own distinction.
+
+    Triton's launch looks at every argument anew, which takes longer than the smaller kernels run.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if value is None or mode == _CONSTANT:
+        return value
+    if isinstance(value, float):
+        return float
+    if isinstance(value, int):
+        return abs(value) < 2**31 if mode == _PLAIN else value
+    return value.base.dtype, *value.block_shape
 
 
 def is_recording() -> bool:
