@@ -15,7 +15,7 @@ import torch
 FLUSH_BYTES = 256 << 20
 # Writes before a timed call: beside flushing the cache they keep the device busy while the host
 # enqueues the first launches, as the layers before do in training. The same for every provider.
-FLUSHES = 8
+FLUSHES = 24
 
 Records = list[dict[str, Any]]
 

@@ -114,9 +114,9 @@ def _hopper(problem: Problem) -> Plan:
     changes = {"chunk": max(1024, 1 << max(0, round(rows) - 1).bit_length())}
     if problem.inner > 4096:
         # Few rows, many columns: a program for every column block of the middle, no reading back.
-        # GU and its gradient fill the memory: three blocks of dX are 11 waves where two halves are 10.
+        # GU and its gradient fill the memory; six blocks of dX at a time are whole waves.
         changes |= {"rank_in_middle": False, "column_groups": 256, "chunk": 1024}
-        changes |= {"input_blocks": 3, "keep_factors": False}
+        changes |= {"input_blocks": 6, "keep_factors": False}
     return Plan(**{**_HOPPER.__dict__, **changes})
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, next_power
+from .launch import cdiv, launch, next_power
 
 _BLOCK = 256  # slots a program counts and scatters
 
@@ -43,7 +43,7 @@ def route(index: Tensor, weights: Tensor, experts: int, tile: int, chunk: int) -
     """Sort the slots of ``index`` (T, K) by expert; ``tile`` and ``chunk`` are rows a map entry covers."""
     slots = index.numel()
     device = index.device
-    blocks = triton.cdiv(slots, _BLOCK)
+    blocks = cdiv(slots, _BLOCK)
     bins = next_power(experts, 128)
     tiles = slots // tile + min(experts, slots)
     chunks = slots // chunk + experts
@@ -103,7 +103,7 @@ def route(index: Tensor, weights: Tensor, experts: int, tile: int, chunk: int) -
         **sizes,
         TILE=tile,
         chunk_rows=chunk,
-        FILL=next_power(triton.cdiv(max(tiles, chunks), blocks)),
+        FILL=next_power(cdiv(max(tiles, chunks), blocks)),
         STEP=32,
         warps=8,
         stages=1,

@@ -17,7 +17,7 @@ from .experts_plan import Plan, Tiles, plan_for
 from .experts_problem import ExpertLora, Gradients, Needs, Problem
 from .experts_products_triton import product_kernel, up_kernel
 from .experts_routing_triton import Routing, route
-from .launch import CompileSpec, is_recording, launch, next_power
+from .launch import CompileSpec, cdiv, is_recording, launch, next_power
 
 INTERPRETED: bool = not isinstance(product_kernel, triton.runtime.JITFunction)
 
@@ -75,7 +75,7 @@ class Run:
         out = self.empty(experts, rows, padded)
         launch(
             small.swap_kernel,
-            (triton.cdiv(rows * padded, 64), triton.cdiv(experts, 64)),
+            (cdiv(rows * padded, 64), cdiv(experts, 64)),
             source=b.contiguous(),
             target=out,
             RANK=rank,
@@ -134,7 +134,7 @@ class Run:
         weight = self.gate_up.view(2 * p.experts, p.inner, p.width)
         launch(
             up_kernel,
-            (self.tiles * triton.cdiv(p.inner, tiles.bn),),
+            (self.tiles * cdiv(p.inner, tiles.bn),),
             x=self.hidden,
             order=self.routing.order,
             w=weight,
@@ -181,7 +181,7 @@ class Run:
         """out = A W + left right, for ``blocks`` column blocks; ``transposed`` takes w as (E, K, N)."""
         plan = self.plan
         inner, columns = a.shape[1], w.shape[2] if transposed else w.shape[1]
-        blocks = triton.cdiv(columns, tiles.bn) if blocks is None else blocks
+        blocks = cdiv(columns, tiles.bn) if blocks is None else blocks
         box = [1, tiles.bk, tiles.bn] if transposed else [1, tiles.bn, tiles.bk]
         a_desc = None if gather else self.descriptor(a, [plan.rows, tiles.bk])
         a_half = None if gather else self.descriptor(a, [plan.rows // 2, tiles.bk])
@@ -225,7 +225,7 @@ class Run:
         block = min(1024, next_power(width, 16))
         launch(
             small.combine_kernel,
-            (self.p.tokens, triton.cdiv(width, block)),
+            (self.p.tokens, cdiv(width, block)),
             rows_in=rows,
             position=self.routing.position,
             out=out,

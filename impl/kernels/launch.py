@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -81,16 +80,29 @@ def launch(
         return
     if not all(grid):
         return
-    modes = _modes(kernel)
+    modes = _modes.get(id(kernel)) or _modes_of(kernel)
     if modes is None:
         kernel[grid](**arguments, **options)
         return
     values = [arguments[name] for name in modes]
-    device = torch.cuda.current_device()
-    key = (kernel, device, warps, stages, registers, *map(_kind, values, modes.values()))
-    compiled = _compiled.get(key)
+    # What selects the compilation; at least as fine as Triton's own distinction, which looks at
+    # every argument anew and takes longer than the smaller kernels run.
+    key: list[object] = [id(kernel), torch.cuda.current_device(), warps, stages, registers]
+    for value, mode in zip(values, modes.values(), strict=True):
+        if isinstance(value, torch.Tensor):
+            key += (value.dtype, value.data_ptr() & 15 == 0)
+        elif mode == _CONSTANT or value is None:
+            key.append(value)
+        elif isinstance(value, float):
+            key.append(float)
+        elif isinstance(value, int):
+            key.append(abs(value) < 2**31 if mode == _PLAIN else value)
+        else:
+            key += (value.base.dtype, *value.block_shape)
+    found = tuple(key)
+    compiled = _compiled.get(found)
     if compiled is None:
-        _compiled[key] = kernel[grid](**arguments, **options)
+        _compiled[found] = kernel[grid](**arguments, **options)
     else:
         compiled[(*grid, 1, 1)[:3]](*values)
 
@@ -99,31 +111,18 @@ _compiled: dict[tuple[object, ...], Any] = {}
 _CONSTANT, _PLAIN, _SPECIAL = range(3)
 
 
-@cache
-def _modes(kernel: Any) -> dict[str, int] | None:
+_modes: dict[int, dict[str, int]] = {}
+
+
+def _modes_of(kernel: Any) -> dict[str, int] | None:
     """How each argument enters a kernel's compilation; None where Triton interprets it."""
     if not isinstance(kernel, triton.runtime.JITFunction):
         return None
-    return {
+    _modes[id(kernel)] = {
         p.name: _CONSTANT if p.is_constexpr else _PLAIN if p.do_not_specialize else _SPECIAL
         for p in kernel.params
     }
-
-
-def _kind(value: Any, mode: int) -> object:
-    """What of an argument selects the compilation; at least as fine as Triton's own distinction.
-
-    Triton's launch looks at every argument anew, which takes longer than the smaller kernels run.
-    """
-    if isinstance(value, torch.Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
-    if value is None or mode == _CONSTANT:
-        return value
-    if isinstance(value, float):
-        return float
-    if isinstance(value, int):
-        return abs(value) < 2**31 if mode == _PLAIN else value
-    return value.base.dtype, *value.block_shape
+    return _modes[id(kernel)]
 
 
 def is_recording() -> bool:
@@ -202,4 +201,9 @@ def _type_of(value: Any) -> str:
 
 def next_power(value: int, least: int = 1) -> int:
     """The next power of two that is at least ``value`` and ``least``."""
-    return max(least, int(triton.next_power_of_2(max(1, value))))
+    return max(least, 1 << max(0, value - 1).bit_length())
+
+
+def cdiv(value: int, by: int) -> int:
+    """``value / by``, rounded up."""
+    return -(-value // by)
