@@ -1,4 +1,7 @@
-"""Between the two products of the backward: through the gate, with every small gradient on the way."""
+"""Between the two products of the backward: through the gate, with the small gradients there."""
+
+# Triton's language has no types.
+# mypy: ignore-errors
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ def middle_kernel(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Between the two backward products: one chunk of rows, COLUMN_BLOCKS blocks of BC inner columns.
+    """Between the two backward products: one chunk of rows, COLUMN_BLOCKS blocks of BC columns.
 
     d (rows, 2 INNER) holds dh in its first half and gets dgate, dup. xa (rows, RP_UP) and
     pb (rows, RP_DOWN) are the scaled X Aᵀ and dO B₂; b (E, 2 INNER, RP_UP). Out, float32, by chunk:

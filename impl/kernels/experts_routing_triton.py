@@ -1,10 +1,13 @@
-"""Routing on the device in three launches: who serves which slot, in a stable order, without a sync.
+"""Routing on the device in three launches: who serves which slot, in a stable order, no sync.
 
-Slots (``slot = token * K + k``) are counting-sorted by expert. Two maps cut every expert's rows into
-*tiles* (units of a product) and *chunks* (units of a sum over rows), each within one expert. Map
+Slots (``slot = token * K + k``) are counting-sorted by expert. Two maps cut every expert's rows
+into *tiles* (units of a product) and *chunks* (units of a sum over rows), within one expert. Map
 entries past the last are -1; an empty expert has no tile and one empty chunk, so that its partial
 sums are written as zeros.
 """
+
+# Triton's language has no types.
+# mypy: ignore-errors
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ class Routing:
 
 
 def route(index: Tensor, weights: Tensor, experts: int, tile: int, chunk: int) -> Routing:
-    """Sort the slots of ``index`` (T, K) by expert; ``tile`` and ``chunk`` are rows a map entry covers."""
+    """Sort the slots of ``index`` (T, K) by expert; map entries cover ``tile``, ``chunk`` rows."""
     slots = index.numel()
     device = index.device
     blocks = cdiv(slots, _BLOCK)
@@ -147,7 +150,7 @@ def scan_kernel(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Turn counts into starts within the expert, and cut experts into tiles and chunks. One program."""
+    """Turn counts into starts within the expert; cut experts into tiles and chunks. One program."""
     bins = tl.arange(0, BINS)
     carry = tl.zeros([BINS], tl.int32)
     for first in range(0, blocks, ROWS):
@@ -221,7 +224,7 @@ def scatter_kernel(
     FILL: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Place one block of slots, in slot order within each expert, and fill its share of the maps."""
+    """Place one block of slots, in slot order within each expert; fill its share of the maps."""
     block = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     i = block * BLOCK + lane

@@ -6,6 +6,7 @@ the per-slot outputs are not saved. Nothing reads a device value on the host.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from . import experts_small_triton as small
 from .experts_plan import Plan, Tiles, plan_for
-from .experts_problem import ExpertLora, Gradients, Needs, Problem
+from .experts_problem import Gradients, Needs, Problem
 from .experts_products_triton import product_kernel, up_kernel
 from .experts_routing_triton import Routing, route
 from .launch import CompileSpec, cdiv, is_recording, launch, next_power
@@ -23,7 +24,7 @@ INTERPRETED: bool = not isinstance(product_kernel, triton.runtime.JITFunction)
 
 
 class Run:
-    """One call's tensors in the compute dtype, its plan and its routing; methods are its launches."""
+    """One call's tensors in the compute dtype, its plan and routing; methods are its launches."""
 
     def __init__(self, problem: Problem, plan: Plan, routing: Routing) -> None:
         self.p, self.plan, self.routing = problem, plan, routing
@@ -47,13 +48,16 @@ class Run:
 
     @property
     def tiles(self) -> int:
+        """Entries of the tile map, used or not."""
         return self.routing.tile_expert.shape[0]
 
     @property
     def chunk_count(self) -> int:
+        """Entries of the chunk map, used or not."""
         return self.routing.chunk_expert.shape[0]
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A new tensor on the call's device, of the compute dtype by default."""
         return self.hidden.new_empty(shape, dtype=dtype or self.p.dtype)
 
     def descriptor(self, tensor: Tensor, block: list[int]) -> Any:
@@ -178,7 +182,7 @@ class Run:
         first_block: int = 0,
         blocks: int | None = None,
     ) -> None:
-        """out = A W + left right, for ``blocks`` column blocks; ``transposed`` takes w as (E, K, N)."""
+        """out = A W + left right for ``blocks`` column blocks; ``transposed``: w is (E, K, N)."""
         plan = self.plan
         inner, columns = a.shape[1], w.shape[2] if transposed else w.shape[1]
         blocks = cdiv(columns, tiles.bn) if blocks is None else blocks
@@ -249,20 +253,28 @@ def _padded(rank: int) -> int:
 
 
 def through_float32(problem: Problem) -> Problem:
-    """The interpreter computes bfloat16 wrongly (`kernels.md` §9): do everything in float32 there."""
+    """The interpreter gets bfloat16 wrong (`kernels.md` §9): round, then compute in float32."""
     p, lora = problem, problem.lora
 
-    def wide(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.float()
+    def wide(tensor: Any) -> Any:
+        return None if tensor is None else tensor.to(p.dtype).float()
 
-    factors = ExpertLora(
-        wide(lora.gate_up_a), wide(lora.gate_up_b), lora.gate_up_scale,
-        wide(lora.down_a), wide(lora.down_b), lora.down_scale,
-    )  # fmt: skip
-    return Problem(
-        p.hidden.float(), p.index, p.weights.float(), p.gate_up.float(), p.down.float(), factors,
-        p.act, torch.float32,
-    )  # fmt: skip
+    factors = replace(
+        lora,
+        gate_up_a=wide(lora.gate_up_a),
+        gate_up_b=wide(lora.gate_up_b),
+        down_a=wide(lora.down_a),
+        down_b=wide(lora.down_b),
+    )
+    return replace(
+        p,
+        hidden=wide(p.hidden),
+        weights=p.weights.float(),
+        gate_up=wide(p.gate_up),
+        down=wide(p.down),
+        lora=factors,
+        dtype=torch.float32,
+    )
 
 
 def forward(problem: Problem, plan: Plan | None = None) -> tuple[Tensor, list[Any]]:
@@ -321,7 +333,7 @@ def unpack(saved: list[Any]) -> tuple[list[Tensor | None], Routing]:
 
 
 def compile_specs() -> list[CompileSpec]:
-    """Every kernel of a forward and backward at the published shapes, see `experts_compile_triton`."""
+    """Every kernel of a forward and backward, see `experts_compile_triton`."""
     from . import experts_compile_triton
 
     return experts_compile_triton.specs()

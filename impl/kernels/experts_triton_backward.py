@@ -81,7 +81,7 @@ class _Backward:
         if not plan.keep_factors:
             self.b_down = self.run.swap_b(given.lora.down_b, problem.rank_down, self.run.rp_down)
             self.b_up = self.run.swap_b(given.lora.gate_up_b, problem.rank_up, self.run.rp_up)
-        self.grad = grad.to(problem.dtype).contiguous()
+        self.grad = grad.to(given.dtype).to(problem.dtype).contiguous()
         self.pb_up: Tensor | None = None
 
     def gradients(self) -> Gradients:
@@ -226,7 +226,7 @@ class _Backward:
         d_weights: Tensor | None,
         scale: float,
     ) -> None:
-        """Add the column groups' parts: pb (S, r) = scale * their sum, and d_weights, where given."""
+        """Add the column groups' parts: pb (S, r) = scale * their sum, d_weights, where given."""
         p, run = self.p, self.run
         if p_parts is None and d_weights is None:
             return

@@ -39,6 +39,7 @@ class Launch:
 
     @property
     def name(self) -> str:
+        """The kernel's name."""
         return str(self.kernel.__name__)
 
 
@@ -142,7 +143,7 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def compile_ahead(records: list[Launch], device: torch.device, workers: int = 8) -> None:
-    """Compile the recorded launches on several threads, so that the first call does not do it one by one.
+    """Compile the recorded launches on several threads, rather than one by one in the first call.
 
     Most of a compilation is LLVM, ptxas and a C compiler, which do not hold the interpreter's lock.
     What fails here is compiled, or reported, by the launch itself.
@@ -164,7 +165,9 @@ def spec_of(record: Launch, label: str) -> CompileSpec:
     names = list(record.kernel.arg_names)
     constexprs = {p.name for p in record.kernel.params if p.is_constexpr}
     plain = {p.name for p in record.kernel.params if p.do_not_specialize}
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for position, name in enumerate(names):
         value = record.arguments[name]
         kind = "constexpr" if name in constexprs or value is None else _type_of(value)
