@@ -22,8 +22,9 @@ from typing import Any
 
 MODULES = ("impl.kernels.experts_triton", "impl.kernels.cross_entropy_triton")
 ARCHITECTURE = 90
-# Bytes a kernel may spill, where it was measured to cost nothing.
-ALLOWED_SPILLS: dict[str, int] = {}
+# Bytes that may spill: under a register cap that was measured to pay (impl/kernels/NOTES.md), and
+# in the one small program of the routing.
+ALLOWED_SPILLS = {"middle_kernel": 32, "scan_kernel": 32}
 
 
 @dataclass(frozen=True)

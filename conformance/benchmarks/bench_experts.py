@@ -4,7 +4,8 @@
            [--provider NAME ...] [--shape NAME ...] [--full]
 
 Rules (`kernels.md` §11): one cell a process; providers interleaved over the rounds; the cache
-flushed before each timed call; device events, 3 warm-ups, 20 timed calls, median and quintiles;
+flushed before each timed call, for long enough that the host is ahead (its own time is a figure
+apart); device events, 3 warm-ups, 20 timed calls, median and quintiles;
 memory at the peak with and without what the caller gets back; ceilings in the same run, and the
 share of the floor that follows from them; the timed configuration is compared with float64 on a few
 tokens before timing. bf16 weights, activations and adapters, float32 routing weights, frozen
@@ -24,7 +25,14 @@ import torch
 
 from conformance.benchmarks.experts_peers import PROVIDERS, Inputs, activate
 from conformance.benchmarks.records import record
-from conformance.benchmarks.runner import Records, ceilings, in_fresh_process, memory, timed
+from conformance.benchmarks.runner import (
+    Records,
+    ceilings,
+    host,
+    in_fresh_process,
+    memory,
+    timed,
+)
 
 # Experts, H, I, K, activation.
 SHAPES: dict[str, tuple[int, int, int, int, str]] = {
@@ -115,21 +123,21 @@ def truth(x: Inputs, grad: torch.Tensor, tokens: list[int]) -> list[torch.Tensor
 
 
 def floor(cell: Cell, sizes: tuple[int, int, int, int, str], tflops: float, tbs: float) -> float:
-    """Milliseconds that no implementation beats (`kernels.md` §6): forward floor plus backward's.
+    """Milliseconds that no implementation of these products beats (`kernels.md` §6): both passes.
 
-    Each is the larger of its operations over the product ceiling and its least bytes over the copy
-    ceiling. Bytes: weights and saved tensors once, inputs and outputs once.
+    A pass takes the larger of its operations over the product ceiling and its bytes over the copy
+    ceiling. Bytes: weights, adapters and what is saved once; inputs and outputs once; what one
+    product writes and the next reads (h and y; dh, h, dGU and dX by slot) twice.
     """
     experts, width, inner, top_k, _ = sizes
-    slots, weights = cell.tokens * top_k, 3 * experts * width * inner * 2
-    flops = 6 * slots * inner * width + 2 * slots * cell.rank * (2 * width + 3 * inner)
-    saved = slots * 2 * inner * 2
-    forward = max(flops / tflops / 1e9, (weights + 2 * cell.tokens * width * 2 + saved) / tbs / 1e9)
-    flops += 2 * slots * cell.rank * (2 * width + 3 * inner)
-    backward = max(
-        flops / tflops / 1e9, (weights + 3 * cell.tokens * width * 2 + saved) / tbs / 1e9
-    )
-    return forward + backward
+    slots, rank, token_bytes = cell.tokens * top_k, cell.rank, cell.tokens * width * 2
+    weights, y, h = 3 * experts * width * inner * 2, slots * width * 2, slots * inner * 2
+    adapters = experts * rank * (2 * width + 3 * inner)
+    flops = 6 * slots * inner * width + 2 * slots * rank * (2 * width + 3 * inner)
+    forward = weights + 3 * token_bytes + 2 * h + 2 * h + 2 * y
+    more_flops = flops + 2 * slots * rank * (2 * width + 3 * inner)
+    backward = weights + 3 * token_bytes + 2 * h + 2 * 2 * h + 2 * y + 4 * h + 6 * adapters
+    return max(flops / tflops, forward / tbs) / 1e9 + max(more_flops / tflops, backward / tbs) / 1e9
 
 
 def measure(cell: Cell) -> Records:
@@ -153,6 +161,7 @@ def measure(cell: Cell) -> Records:
     peak, workspace = memory(step)
     rows = [
         ("forward+backward", "ms", timed(step)),
+        ("host", "ms", host(step)),
         ("peak", "MiB", [peak]),
         ("workspace", "MiB", [workspace]),
         ("output error", "relative", errors[:1]),

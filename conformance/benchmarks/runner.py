@@ -7,6 +7,7 @@ allocated: fragmentation left by one cell cannot enter the next.
 from __future__ import annotations
 
 import multiprocessing
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,6 +36,19 @@ def timed(step: Callable[[], object], repeats: int = 20, warmups: int = 3) -> li
         del result
         if i >= warmups:
             times.append(start.elapsed_time(end))
+    return times
+
+
+def host(step: Callable[[], object], repeats: int = 10) -> list[float]:
+    """Milliseconds the host takes to enqueue each call."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        result = step()
+        times.append((time.perf_counter() - began) * 1e3)
+        torch.cuda.synchronize()
+        del result
     return times
 
 

@@ -105,12 +105,13 @@ def middle_kernel(
                 right = (right.to(tl.float32) * w[:, None]).to(kind)
             if ACT == "silu":
                 s = tl.sigmoid(gate)
-                slope = s + gate * s * (1.0 - s)
+                value = gate * s
+                slope = s + value * (1.0 - s)
             else:
                 cube = gate * gate * 0.044715
                 s = tl.sigmoid(1.5957691216057308 * gate * (1.0 + cube))
-                slope = s + gate * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 3.0 * cube)
-            value = gate * s
+                value = gate * s
+                slope = s + value * (1.0 - s) * 1.5957691216057308 * (1.0 + 3.0 * cube)
             hidden = value * up
             part = tl.sum(hidden * dh, 1)
             at_w = w_parts + part0 + start + lane

@@ -79,7 +79,7 @@ def route(index: Tensor, weights: Tensor, experts: int, tile: int, chunk: int) -
         blocks=blocks,
         EXPERTS=experts,
         BINS=bins,
-        ROWS=max(8, 16384 // bins),
+        ROWS=max(8, 8192 // bins),
         TILE=tile,
         chunk_rows=chunk,
         warps=8,
