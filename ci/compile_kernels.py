@@ -2,9 +2,9 @@
 
 Usage: ``python ci/compile_kernels.py [WORD ...]`` compiles what has a WORD in its name. A kernels
 module takes part by having ``compile_specs()``, whose entries are `launch.CompileSpec`s or tuples
-``(kernel, signature, constants, options)``. A spill is local memory traffic in a loop as a rule, and
-ptxas's C7515 means that products wait for each other: both are invisible in results and cost up to
-half the speed (`kernels.md` §7.3).
+``(kernel, signature, constants, options)``. A spill is memory traffic in a loop as a rule, and
+ptxas's C7515 means that products wait for each other: both are invisible in results and cost up
+to half the speed (`kernels.md` §7.3).
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from typing import Any
 
 MODULES = ("impl.kernels.experts_triton", "impl.kernels.cross_entropy_triton")
 ARCHITECTURE = 90
-# Bytes a kernel may spill, with the reason: outside any loop they cost nothing that was measured.
-ALLOWED_SPILLS: dict[str, int] = {"up_kernel": 64}
+# Bytes that may spill: under a register cap that was measured to pay (impl/kernels/NOTES.md), and
+# in the one small program of the routing.
+ALLOWED_SPILLS = {"middle_kernel": 32, "scan_kernel": 32}
 
 
 @dataclass(frozen=True)
@@ -117,14 +118,8 @@ def assemble(ptx: str) -> str:
         for tool in ("ptxas", "ptxas-blackwell"):
             if not (tools / tool).exists():
                 continue
-            command = [
-                tools / tool,
-                "-v",
-                f"--gpu-name=sm_{ARCHITECTURE}a",
-                source,
-                "-o",
-                "/dev/null",
-            ]
+            target = f"--gpu-name=sm_{ARCHITECTURE}a"
+            command = [str(tools / tool), "-v", target, str(source), "-o", "/dev/null"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if "Unsupported .version" in done.stderr:
                 continue

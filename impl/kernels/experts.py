@@ -1,13 +1,15 @@
 """Mixture-of-experts with unfolded LoRA: one differentiable function over two implementations.
 
-``W + s B A`` is never formed: rounding it to the weight's dtype loses small updates, and its backward
-would compute the full gradient of W. The Triton path runs on CUDA devices of capability 8.0 and up,
-and in Triton's interpreter on a CPU; everything else takes the grouped torch path.
+``W + s B A`` is never formed: rounding it to the weight's dtype loses small updates, and its
+backward would compute the full gradient of W. The Triton path runs on CUDA devices of capability
+8.0 and up, and in Triton's interpreter on a CPU; everything else takes the grouped torch path.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def choose_path(device: torch.device, dtype: torch.dtype) -> str:
-    """``"triton"`` where Triton runs this dtype on this device (or interprets it), else ``"torch"``."""
+    """``"triton"`` where Triton runs or interprets this dtype on the device, else ``"torch"``."""
     if dtype not in _TRITON_DTYPES:
         return "torch"
     try:
@@ -58,16 +60,17 @@ def moe_lora_experts(
 
     Args:
         hidden: ``(T, H)``, T >= 0.
-        top_k_index: ``(T, K)`` int64 expert of each slot; ``E`` marks a slot that another rank serves:
-            it adds nothing and gets zero gradients. A token may name an expert twice.
+        top_k_index: ``(T, K)`` int64 expert of each slot; ``E`` marks a slot that another rank
+            serves: it adds nothing and gets zero gradients. A token may name an expert twice.
         top_k_weights: ``(T, K)``, used as given.
         gate_up_proj: ``(E, 2I, H)``, gate rows first. Its gradient is computed if it requires one.
         down_proj: ``(E, H, I)``, likewise.
         act: ``"silu"`` or ``"gelu_tanh"``.
         lora: the adapter's factors, see `ExpertLora`; None for the base layer.
         path: ``"auto"``, ``"triton"`` or ``"torch"``.
-        check_index: raise on indices outside ``[0, E]``. Default: on a CPU, or where the environment
-            variable EXPERTS_CHECK_INDEX is 1 (on a GPU it synchronises); unchecked ones act as ``E``.
+        check_index: raise on indices outside ``[0, E]``. Default: on a CPU, or where the
+            environment variable EXPERTS_CHECK_INDEX is 1 (on a GPU it synchronises); unchecked
+            ones act as ``E``.
 
     Returns:
         ``(T, H)`` in the dtype of ``hidden``. Under autocast products take the autocast dtype.
@@ -111,13 +114,14 @@ def _compute_dtype(device_type: str, weight_dtype: torch.dtype) -> torch.dtype:
 
 
 class _Experts(torch.autograd.Function):
-    """Autograd over either path; saves inputs, GU and small products, and overwrites none of them."""
+    """Autograd over either path; saves inputs, GU and small products, overwrites none of them."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         *tensors, static = args
         problem = _problem(tensors, static)
-        with torch.autocast(problem.hidden.device.type, enabled=False):
+        with _quiet(problem.hidden.device):
+            out: Tensor
             out, saved = _module(static[2]).forward(problem)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(*tensors, *saved)
@@ -127,7 +131,8 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        tensors, saved = list(ctx.saved_tensors[:9]), list(ctx.saved_tensors[9:])
+        everything = list(ctx.saved_tensors)  # checkpointing lets them be unpacked once only
+        tensors, saved = everything[:9], everything[9:]
         problem, needed = _problem(tensors, ctx.static), ctx.needs_input_grad
         needs = Needs(
             hidden=needed[0],
@@ -139,10 +144,21 @@ class _Experts(torch.autograd.Function):
             down_a=needed[6],
             down_b=needed[7],
         )
-        with torch.autocast(grad.device.type, enabled=False):
+        with _quiet(grad.device):
             g: Gradients = _module(ctx.static[2]).backward(problem, saved, grad, needs)
         small = (g.gate_up_a, g.gate_up_b, g.down_a, g.down_b)
         return (g.hidden, g.weights, g.gate_up, g.down, *small, None, None)
+
+
+@contextmanager
+def _quiet(device: torch.device) -> Iterator[None]:
+    """Autocast off, and launches on the tensors' own device."""
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(device):
+            yield
 
 
 def _module(path: str) -> Any:

@@ -14,7 +14,7 @@ _compiled: set[tuple[object, ...]] = set()
 
 
 def compile_once(problem: Problem, plan: Plan) -> None:
-    """Before the first call of a kind compile all its kernels, forward and backward, side by side."""
+    """Before the first call of a kind compile its kernels, forward and backward, side by side."""
     p = problem
     tensors = (p.hidden, p.index, p.weights, p.gate_up, p.down, *_factors(p.lora))
     kinds = [None if t is None else (t.dtype, t.shape[1:], t.requires_grad) for t in tensors]
@@ -40,7 +40,7 @@ def _factors(lora: ExpertLora) -> tuple[Tensor | None, ...]:
 
 
 def specs() -> list[CompileSpec]:
-    """Every kernel of a forward and backward at the published shapes, for the compile check in CI."""
+    """Every kernel of a forward and backward at the published shapes, for the check in CI."""
     shapes = {
         "gemma4": (8192, 128, 2816, 704, 8, "gelu_tanh"),
         "qwen3_5": (8192, 256, 2048, 512, 8, "silu"),

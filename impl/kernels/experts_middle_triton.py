@@ -1,4 +1,7 @@
-"""Between the two products of the backward: through the gate, with every small gradient on the way."""
+"""Between the two products of the backward: through the gate, with the small gradients there."""
+
+# Triton's language has no types.
+# mypy: ignore-errors
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ def middle_kernel(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Between the two backward products: one chunk of rows, COLUMN_BLOCKS blocks of BC inner columns.
+    """Between the two backward products: one chunk of rows, COLUMN_BLOCKS blocks of BC columns.
 
     d (rows, 2 INNER) holds dh in its first half and gets dgate, dup. xa (rows, RP_UP) and
     pb (rows, RP_DOWN) are the scaled X Aᵀ and dO B₂; b (E, 2 INNER, RP_UP). Out, float32, by chunk:
@@ -102,12 +105,13 @@ def middle_kernel(
                 right = (right.to(tl.float32) * w[:, None]).to(kind)
             if ACT == "silu":
                 s = tl.sigmoid(gate)
-                slope = s + gate * s * (1.0 - s)
+                value = gate * s
+                slope = s + value * (1.0 - s)
             else:
                 cube = gate * gate * 0.044715
                 s = tl.sigmoid(1.5957691216057308 * gate * (1.0 + cube))
-                slope = s + gate * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 3.0 * cube)
-            value = gate * s
+                value = gate * s
+                slope = s + value * (1.0 - s) * 1.5957691216057308 * (1.0 + 3.0 * cube)
             hidden = value * up
             part = tl.sum(hidden * dh, 1)
             at_w = w_parts + part0 + start + lane

@@ -40,6 +40,7 @@ class Plan:
     middle_columns: int
     middle_warps: int
     middle_stages: int
+    middle_registers: int  # 0: as many as the compiler likes
     rank_in_middle: bool  # dGU B inside the middle kernel, else as a product of its own
     skinny_rows: int
     skinny_bk: int
@@ -52,7 +53,8 @@ class Plan:
     output_columns: int
     output_warps: int
     output_stages: int
-    input_parts: int  # column parts of dX that pass through one buffer
+    input_blocks: int  # column blocks of dX that pass through one buffer; 0: half of them
+    keep_factors: bool  # save lora_B by expert for the backward rather than swap it again
 
 
 _HOPPER = Plan(
@@ -68,8 +70,9 @@ _HOPPER = Plan(
     column_groups=16,
     middle_rows=32,
     middle_columns=64,
-    middle_warps=8,
+    middle_warps=4,
     middle_stages=1,
+    middle_registers=168,
     rank_in_middle=True,
     skinny_rows=64,
     skinny_bk=128,
@@ -79,10 +82,11 @@ _HOPPER = Plan(
     sum_warps=4,
     sum_stages=3,
     output_rows=32,
-    output_columns=512,
-    output_warps=8,
+    output_columns=256,
+    output_warps=4,
     output_stages=3,
-    input_parts=2,
+    input_blocks=0,
+    keep_factors=True,
 )
 _PORTABLE_TILES = Tiles(128, 32, 8, 3)
 _WIDE_TILES = Tiles(64, 32, 4, 2)  # float32 operands
@@ -108,8 +112,11 @@ def _hopper(problem: Problem) -> Plan:
     """Hopper's table, adapted to how many rows an expert has and how large its weights are."""
     rows = problem.slots / problem.experts
     changes = {"chunk": max(1024, 1 << max(0, round(rows) - 1).bit_length())}
-    if problem.inner > 4096:  # few rows for many columns: one program a column block, no read-back
-        changes |= {"rank_in_middle": False, "column_groups": 256}
+    if problem.inner > 4096:
+        # Few rows, many columns: a program for every column block of the middle, no reading back.
+        # GU and its gradient fill the memory; six blocks of dX at a time are whole waves.
+        changes |= {"rank_in_middle": False, "column_groups": 256, "chunk": 1024}
+        changes |= {"input_blocks": 6, "keep_factors": False}
     return Plan(**{**_HOPPER.__dict__, **changes})
 
 
@@ -131,6 +138,7 @@ def _small(tiles: Tiles, *, rows: int, columns: int) -> Plan:
         middle_columns=columns,
         middle_warps=4,
         middle_stages=2,
+        middle_registers=0,
         rank_in_middle=True,
         skinny_rows=min(32, rows),
         skinny_bk=64,
@@ -143,5 +151,6 @@ def _small(tiles: Tiles, *, rows: int, columns: int) -> Plan:
         output_columns=2 * columns,
         output_warps=4,
         output_stages=2,
-        input_parts=2,
+        input_blocks=0,
+        keep_factors=True,
     )

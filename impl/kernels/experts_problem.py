@@ -1,4 +1,4 @@
-"""One call of the experts layer as data: its tensors, its sizes, and what its backward must return."""
+"""One call of the experts layer as data: its tensors and sizes, and what its backward returns."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ ACTIVATIONS = ("silu", "gelu_tanh")
 class ExpertLora:
     """LoRA factors of one experts layer, in PEFT's layout; a pair is None where it has no adapter.
 
-    ``*_a`` is ``(r * E, in)``, expert-major; ``*_b`` is ``(out, r * E)``, rank-major: the factors of
-    expert ``e`` are ``a.view(E, r, in)[e]`` and ``b.view(out, r, E)[:, :, e]``. The delta of the
+    ``*_a`` is ``(r * E, in)``, expert-major; ``*_b`` is ``(out, r * E)``, rank-major: the factors
+    of expert ``e`` are ``a.view(E, r, in)[e]`` and ``b.view(out, r, E)[:, :, e]``. The delta of the
     weight is ``scale * B_e @ A_e``; ``scale`` is alpha / r, or alpha / sqrt(r) with rslora.
     The ranks of the two pairs may differ.
     """
@@ -43,18 +43,22 @@ class Problem:
 
     @property
     def tokens(self) -> int:
+        """T."""
         return self.hidden.shape[0]
 
     @property
     def top_k(self) -> int:
+        """K, the slots of a token."""
         return self.index.shape[1]
 
     @property
     def slots(self) -> int:
+        """S = T K."""
         return self.index.numel()
 
     @property
     def experts(self) -> int:
+        """E."""
         return self.gate_up.shape[0]
 
     @property

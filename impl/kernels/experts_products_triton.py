@@ -1,10 +1,13 @@
-"""The four large products of the experts layer, as two Triton kernels with LoRA as extra inner columns.
+"""The four large products of the experts layer: two Triton kernels, LoRA as extra inner columns.
 
 A program owns one tile of rows of one expert and one block of output columns. A tile that holds at
 most half its rows runs as a half tile, and a last column block at most half full as a half block.
 Rows are gathered through pointers; weights come through tensor descriptors (TMA) where there are
 some. Operands keep their dtype, sums are float32.
 """
+
+# Triton's language has no types.
+# mypy: ignore-errors
 
 from __future__ import annotations
 
@@ -382,9 +385,9 @@ def product_kernel(
     GROUP: tl.constexpr,
     HALF_ROWS: tl.constexpr,
 ):
-    """out = (A W + small wide) scaled by the row's routing weight, if given, for some column blocks.
+    """out = (A W + small wide), times the row's routing weight if given, for some column blocks.
 
-    a: (rows or T, K); w: (E, N, K), or (E, K, N) with KN; wide: (E, N, RP), or (E, RANK, N) with KN.
+    a: (rows or T, K); w: (E, N, K), wide: (E, N, RP); with KN w: (E, K, N), wide: (E, RANK, N).
     Column block ``first_block`` lands in column 0 of out. GATHER takes row r of A from token
     order[r] // TOP_K.
     """

@@ -1,10 +1,13 @@
-"""Routing on the device in three launches: who serves which slot, in a stable order, without a sync.
+"""Routing on the device in three launches: who serves which slot, in a stable order, no sync.
 
-Slots (``slot = token * K + k``) are counting-sorted by expert. Two maps cut every expert's rows into
-*tiles* (units of a product) and *chunks* (units of a sum over rows), each within one expert. Map
+Slots (``slot = token * K + k``) are counting-sorted by expert. Two maps cut every expert's rows
+into *tiles* (units of a product) and *chunks* (units of a sum over rows), within one expert. Map
 entries past the last are -1; an empty expert has no tile and one empty chunk, so that its partial
 sums are written as zeros.
 """
+
+# Triton's language has no types.
+# mypy: ignore-errors
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, next_power
+from .launch import cdiv, launch, next_power
 
 _BLOCK = 256  # slots a program counts and scatters
 
@@ -40,10 +43,10 @@ class Routing:
 
 
 def route(index: Tensor, weights: Tensor, experts: int, tile: int, chunk: int) -> Routing:
-    """Sort the slots of ``index`` (T, K) by expert; ``tile`` and ``chunk`` are rows a map entry covers."""
+    """Sort the slots of ``index`` (T, K) by expert; map entries cover ``tile``, ``chunk`` rows."""
     slots = index.numel()
     device = index.device
-    blocks = triton.cdiv(slots, _BLOCK)
+    blocks = cdiv(slots, _BLOCK)
     bins = next_power(experts, 128)
     tiles = slots // tile + min(experts, slots)
     chunks = slots // chunk + experts
@@ -76,10 +79,10 @@ def route(index: Tensor, weights: Tensor, experts: int, tile: int, chunk: int) -
         blocks=blocks,
         EXPERTS=experts,
         BINS=bins,
-        ROWS=max(8, 16384 // bins),
+        ROWS=max(8, 8192 // bins),
         TILE=tile,
         chunk_rows=chunk,
-        warps=16,
+        warps=8,
         stages=1,
     )
     launch(
@@ -103,7 +106,7 @@ def route(index: Tensor, weights: Tensor, experts: int, tile: int, chunk: int) -
         **sizes,
         TILE=tile,
         chunk_rows=chunk,
-        FILL=next_power(triton.cdiv(max(tiles, chunks), blocks)),
+        FILL=next_power(cdiv(max(tiles, chunks), blocks)),
         STEP=32,
         warps=8,
         stages=1,
@@ -147,7 +150,7 @@ def scan_kernel(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Turn counts into starts within the expert, and cut experts into tiles and chunks. One program."""
+    """Turn counts into starts within the expert; cut experts into tiles and chunks. One program."""
     bins = tl.arange(0, BINS)
     carry = tl.zeros([BINS], tl.int32)
     for first in range(0, blocks, ROWS):
@@ -221,7 +224,7 @@ def scatter_kernel(
     FILL: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Place one block of slots, in slot order within each expert, and fill its share of the maps."""
+    """Place one block of slots, in slot order within each expert; fill its share of the maps."""
     block = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     i = block * BLOCK + lane

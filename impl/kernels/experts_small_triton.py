@@ -1,5 +1,8 @@
 """The small kernels around the products: lora_B by expert, rank-wide products, the combine."""
 
+# Triton's language has no types.
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import triton
@@ -17,7 +20,7 @@ def swap_kernel(
     BX: tl.constexpr,
     BE: tl.constexpr,
 ):
-    """lora_B (ROWS, RANK, EXPERTS) -> (EXPERTS, ROWS, RP) in the target's dtype, padded with zeros."""
+    """lora_B (ROWS, RANK, EXPERTS) -> (EXPERTS, ROWS, RP) in the target's dtype, zero-padded."""
     flat = tl.program_id(0) * BX + tl.arange(0, BX)
     row, rank = flat // RP, flat % RP
     expert = tl.program_id(1) * BE + tl.arange(0, BE)
@@ -51,7 +54,7 @@ def skinny_kernel(
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """out[row] = scale * a[row] @ factor[e], (rows, RP). factor: (E, RANK, K) by rank, else (E, K, RP)."""
+    """out[row] (RP) = scale a[row] factor[e]; factor: (E, RANK, K) by rank, else (E, K, RP)."""
     tile = tl.program_id(0) // (TILE // BM)
     e = tl.load(tile_expert + tile)
     if e < 0:
@@ -99,7 +102,7 @@ def combine_kernel(
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[t] = sum over k, in order and in float32, of rows_in[position[t, k]]; sentinels add nothing."""
+    """out[t] = sum over k, in order, in float32, of rows_in[position[t, k]], sentinels apart."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width

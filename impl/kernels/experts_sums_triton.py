@@ -1,8 +1,11 @@
-"""Sums over the rows of an expert: chunk by chunk into float32 partials, added in order by one kernel.
+"""Sums over the rows of an expert: float32 partials chunk by chunk, added in order by one kernel.
 
 No atomics, and a crowded expert is spread over many programs. A gradient of lora_A whose expert has
 one chunk is written at once, where it belongs.
 """
+
+# Triton's language has no types.
+# mypy: ignore-errors
 
 from __future__ import annotations
 
@@ -23,8 +26,10 @@ def store_by_rank(
     RANK: tl.constexpr,
     RP: tl.constexpr,
 ):
-    """acc (columns, RP), transposed: to direct (E, RANK, WIDTH) if the expert has this one chunk only,
-    else to parts (chunks, RP, WIDTH)."""
+    """Store acc (columns, RP) transposed.
+
+    To direct (E, RANK, WIDTH) if the expert has this one chunk, else to parts (chunks, RP, WIDTH).
+    """
     ranks = tl.arange(0, RP)
     at = ranks[None, :] * WIDTH + columns[:, None]
     fits = columns[:, None] < WIDTH
@@ -179,7 +184,7 @@ def sum_chunks_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """lora_A gradient: out (E, RANK, WIDTH) = the sum, in order, of the expert's (RP, WIDTH) chunks.
+    """lora_A gradient: out (E, RANK, WIDTH) = the ordered sum of the expert's chunks (RP, WIDTH).
 
     An expert with one chunk was written directly.
     """
@@ -210,7 +215,7 @@ def sum_chunks_swap_kernel(
     BX: tl.constexpr,
     BE: tl.constexpr,
 ):
-    """lora_B gradient: out (WIDTH, RANK, E) = the sum, in order, of each expert's (WIDTH, RP) chunks."""
+    """lora_B gradient: out (WIDTH, RANK, E) = the ordered sum of an expert's chunks (WIDTH, RP)."""
     flat = tl.program_id(0) * BX + tl.arange(0, BX)
     row, rank = flat // RP, flat % RP
     expert = tl.program_id(1) * BE + tl.arange(0, BE)

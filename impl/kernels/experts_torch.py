@@ -89,7 +89,7 @@ def gate_and_slope(gate: Tensor, act: str) -> tuple[Tensor, Tensor]:
 
 
 def forward(problem: Problem) -> tuple[Tensor, list[Tensor]]:
-    """Return the output ``(T, H)`` in the dtype of hidden, and what backward needs: GU ``(S, 2I)``."""
+    """Return the output ``(T, H)`` in hidden's dtype, and what backward needs: GU ``(S, 2I)``."""
     p, lora, wide = problem, problem.lora, problem.sum_dtype
     hidden = p.hidden.to(p.dtype)
     gate_up = hidden.new_zeros((p.slots, 2 * p.inner))

@@ -6,6 +6,7 @@ the per-slot outputs are not saved. Nothing reads a device value on the host.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,16 +15,16 @@ from torch import Tensor
 
 from . import experts_small_triton as small
 from .experts_plan import Plan, Tiles, plan_for
-from .experts_problem import ExpertLora, Gradients, Needs, Problem
+from .experts_problem import Gradients, Needs, Problem
 from .experts_products_triton import product_kernel, up_kernel
 from .experts_routing_triton import Routing, route
-from .launch import CompileSpec, is_recording, launch, next_power
+from .launch import CompileSpec, cdiv, is_recording, launch, next_power
 
 INTERPRETED: bool = not isinstance(product_kernel, triton.runtime.JITFunction)
 
 
 class Run:
-    """One call's tensors in the compute dtype, its plan and its routing; methods are its launches."""
+    """One call's tensors in the compute dtype, its plan and routing; methods are its launches."""
 
     def __init__(self, problem: Problem, plan: Plan, routing: Routing) -> None:
         self.p, self.plan, self.routing = problem, plan, routing
@@ -47,13 +48,16 @@ class Run:
 
     @property
     def tiles(self) -> int:
+        """Entries of the tile map, used or not."""
         return self.routing.tile_expert.shape[0]
 
     @property
     def chunk_count(self) -> int:
+        """Entries of the chunk map, used or not."""
         return self.routing.chunk_expert.shape[0]
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A new tensor on the call's device, of the compute dtype by default."""
         return self.hidden.new_empty(shape, dtype=dtype or self.p.dtype)
 
     def descriptor(self, tensor: Tensor, block: list[int]) -> Any:
@@ -75,7 +79,7 @@ class Run:
         out = self.empty(experts, rows, padded)
         launch(
             small.swap_kernel,
-            (triton.cdiv(rows * padded, 64), triton.cdiv(experts, 64)),
+            (cdiv(rows * padded, 64), cdiv(experts, 64)),
             source=b.contiguous(),
             target=out,
             RANK=rank,
@@ -134,7 +138,7 @@ class Run:
         weight = self.gate_up.view(2 * p.experts, p.inner, p.width)
         launch(
             up_kernel,
-            (self.tiles * triton.cdiv(p.inner, tiles.bn),),
+            (self.tiles * cdiv(p.inner, tiles.bn),),
             x=self.hidden,
             order=self.routing.order,
             w=weight,
@@ -178,10 +182,10 @@ class Run:
         first_block: int = 0,
         blocks: int | None = None,
     ) -> None:
-        """out = A W + left right, for ``blocks`` column blocks; ``transposed`` takes w as (E, K, N)."""
+        """out = A W + left right for ``blocks`` column blocks; ``transposed``: w is (E, K, N)."""
         plan = self.plan
         inner, columns = a.shape[1], w.shape[2] if transposed else w.shape[1]
-        blocks = triton.cdiv(columns, tiles.bn) if blocks is None else blocks
+        blocks = cdiv(columns, tiles.bn) if blocks is None else blocks
         box = [1, tiles.bk, tiles.bn] if transposed else [1, tiles.bn, tiles.bk]
         a_desc = None if gather else self.descriptor(a, [plan.rows, tiles.bk])
         a_half = None if gather else self.descriptor(a, [plan.rows // 2, tiles.bk])
@@ -225,7 +229,7 @@ class Run:
         block = min(1024, next_power(width, 16))
         launch(
             small.combine_kernel,
-            (self.p.tokens, triton.cdiv(width, block)),
+            (self.p.tokens, cdiv(width, block)),
             rows_in=rows,
             position=self.routing.position,
             out=out,
@@ -249,23 +253,31 @@ def _padded(rank: int) -> int:
 
 
 def through_float32(problem: Problem) -> Problem:
-    """The interpreter computes bfloat16 wrongly (`kernels.md` §9): do everything in float32 there."""
+    """The interpreter gets bfloat16 wrong (`kernels.md` §9): round, then compute in float32."""
     p, lora = problem, problem.lora
 
-    def wide(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.float()
+    def wide(tensor: Any) -> Any:
+        return None if tensor is None else tensor.to(p.dtype).float()
 
-    factors = ExpertLora(
-        wide(lora.gate_up_a), wide(lora.gate_up_b), lora.gate_up_scale,
-        wide(lora.down_a), wide(lora.down_b), lora.down_scale,
-    )  # fmt: skip
-    return Problem(
-        p.hidden.float(), p.index, p.weights.float(), p.gate_up.float(), p.down.float(), factors,
-        p.act, torch.float32,
-    )  # fmt: skip
+    factors = replace(
+        lora,
+        gate_up_a=wide(lora.gate_up_a),
+        gate_up_b=wide(lora.gate_up_b),
+        down_a=wide(lora.down_a),
+        down_b=wide(lora.down_b),
+    )
+    return replace(
+        p,
+        hidden=wide(p.hidden),
+        weights=p.weights.float(),
+        gate_up=wide(p.gate_up),
+        down=wide(p.down),
+        lora=factors,
+        dtype=torch.float32,
+    )
 
 
-def forward(problem: Problem, plan: Plan | None = None) -> tuple[Tensor, list[Tensor]]:
+def forward(problem: Problem, plan: Plan | None = None) -> tuple[Tensor, list[Any]]:
     """Return the output ``(T, H)`` in the dtype of hidden, and what backward needs."""
     kind = problem.hidden.dtype
     if not problem.slots:
@@ -296,7 +308,10 @@ def forward(problem: Problem, plan: Plan | None = None) -> tuple[Tensor, list[Te
     )  # fmt: skip
     out = run.empty(p.tokens, p.width, dtype=kind)
     run.combine(y, out)
-    return out, [t for t in (gate_up, xa, ha, b_up, b_down) if t is not None] + routing.tensors()
+    if not plan.keep_factors:
+        b_up = b_down = None
+    kept = [gate_up, xa, ha, b_up, b_down]
+    return out, kept + routing.tensors()
 
 
 def backward(
@@ -312,19 +327,13 @@ def backward(
     return experts_triton_backward.backward(problem, saved, grad, needs, plan)
 
 
-def unpack(problem: Problem, saved: list[Tensor]) -> tuple[list[Tensor | None], Routing]:
-    """Undo the packing of `forward`: [GU, XA, HA, B, B₂] with None for what has no adapter; routing."""
-    rest = iter(saved)
-    gate_up = next(rest)
-    xa = next(rest) if problem.rank_up else None
-    ha = next(rest) if problem.rank_down else None
-    b_up = next(rest) if problem.rank_up else None
-    b_down = next(rest) if problem.rank_down else None
-    return [gate_up, xa, ha, b_up, b_down], Routing(*rest)
+def unpack(saved: list[Any]) -> tuple[list[Tensor | None], Routing]:
+    """What `forward` saved: [GU, XA, HA, B, B₂], None for what there is not, and the routing."""
+    return saved[:5], Routing(*saved[5:])
 
 
 def compile_specs() -> list[CompileSpec]:
-    """Every kernel of a forward and backward at the published shapes, see `experts_compile_triton`."""
+    """Every kernel of a forward and backward, see `experts_compile_triton`."""
     from . import experts_compile_triton
 
     return experts_compile_triton.specs()

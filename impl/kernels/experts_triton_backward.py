@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from . import experts_sums_triton as sums
@@ -18,13 +17,13 @@ from .experts_plan import Plan, plan_for
 from .experts_problem import Gradients, Needs, Problem
 from .experts_routing_triton import Routing
 from .experts_triton import INTERPRETED, Run, through_float32, unpack
-from .launch import launch, next_power
+from .launch import cdiv, launch, next_power
 
 _FLOAT = torch.float32
 
 
 def backward(
-    problem: Problem, saved: list[Tensor], grad: Tensor, needs: Needs, plan: Plan | None
+    problem: Problem, saved: list[Any], grad: Tensor, needs: Needs, plan: Plan | None
 ) -> Gradients:
     """See `experts_triton.backward`."""
     given = problem
@@ -33,7 +32,7 @@ def backward(
     if INTERPRETED and problem.dtype == torch.bfloat16:
         problem = through_float32(problem)
     plan = plan or plan_for(problem, interpreted=INTERPRETED)
-    parts, routing = unpack(problem, saved)
+    parts, routing = unpack(saved)
     return _Backward(given, problem, plan, routing, parts, grad, needs).gradients()
 
 
@@ -79,7 +78,10 @@ class _Backward:
         gate_up, self.xa, self.ha, self.b_up, self.b_down = parts
         assert gate_up is not None
         self.gate_up = gate_up
-        self.grad = grad.to(problem.dtype).contiguous()
+        if not plan.keep_factors:
+            self.b_down = self.run.swap_b(given.lora.down_b, problem.rank_down, self.run.rp_down)
+            self.b_up = self.run.swap_b(given.lora.gate_up_b, problem.rank_up, self.run.rp_up)
+        self.grad = grad.to(given.dtype).to(problem.dtype).contiguous()
         self.pb_up: Tensor | None = None
 
     def gradients(self) -> Gradients:
@@ -92,6 +94,7 @@ class _Backward:
             left=pb_down, right=run.a_down, rank=self.p.rank_down,
         )  # fmt: skip
         self._middle(pb_down, out)
+        self.b_up = self.b_down = None
         if needs.gate_up:
             out.gate_up = self._weight_gradient(self.d, run.hidden, self.given.gate_up, False)
         if needs.hidden:
@@ -111,7 +114,7 @@ class _Backward:
             return run.skinny(
                 self.grad, self.b_down, p.rank_down, scale, gather=True, by_rank=False
             )
-        groups = triton.cdiv(p.width, plan.output_columns)
+        groups = cdiv(p.width, plan.output_columns)
         p_parts = run.empty(groups, p.slots, run.rp_down, dtype=_FLOAT)
         parts = run.empty(run.chunk_count, p.width, run.rp_down, dtype=_FLOAT)
         launch(
@@ -143,9 +146,9 @@ class _Backward:
     def _middle(self, pb_down: Tensor | None, out: Gradients) -> None:
         """dGU and s dGU B, and the gradients of B, A₂, the routing weights and down."""
         p, run, plan, lora, needs = self.p, self.run, self.plan, self.given.lora, self.needs
-        blocks = triton.cdiv(p.inner, plan.middle_columns)
-        per_group = triton.cdiv(blocks, plan.column_groups)
-        groups = triton.cdiv(blocks, per_group)
+        blocks = cdiv(p.inner, plan.middle_columns)
+        per_group = cdiv(blocks, plan.column_groups)
+        groups = cdiv(blocks, per_group)
         d_b = d_a = p_parts = h = None
         if run.rp_up:
             d_b = run.empty(run.chunk_count, 2 * p.inner, run.rp_up, dtype=_FLOAT)
@@ -211,6 +214,7 @@ class _Backward:
             BC=plan.middle_columns,
             warps=plan.middle_warps,
             stages=plan.middle_stages,
+            registers=plan.middle_registers,
         )
 
     def _finish_rows(
@@ -222,13 +226,13 @@ class _Backward:
         d_weights: Tensor | None,
         scale: float,
     ) -> None:
-        """Add the column groups' parts: pb (S, r) = scale * their sum, and d_weights, where given."""
+        """Add the column groups' parts: pb (S, r) = scale * their sum, d_weights, where given."""
         p, run = self.p, self.run
         if p_parts is None and d_weights is None:
             return
         launch(
             sums.finish_rows_kernel,
-            (triton.cdiv(p.slots, 64),),
+            (cdiv(p.slots, 64),),
             p_parts=p_parts,
             w_parts=w_parts,
             order=run.routing.order,
@@ -249,8 +253,8 @@ class _Backward:
         """dX (T, H), one column part after the other through one buffer of rows."""
         p, run, tiles = self.p, self.run, self.plan.d_input
         out = _like(self.given.hidden)
-        total = triton.cdiv(p.width, tiles.bn)
-        blocks = triton.cdiv(total, self.plan.input_parts)
+        total = cdiv(p.width, tiles.bn)
+        blocks = self.plan.input_blocks or cdiv(total, 2)
         buffer = run.empty(p.slots, min(blocks * tiles.bn, p.width))
         for first in range(0, total, blocks):
             count = min(blocks, total - first)
@@ -270,7 +274,7 @@ class _Backward:
         parts = run.empty(run.chunk_count, run.rp_up, p.width, dtype=_FLOAT)
         launch(
             sums.input_sum_kernel,
-            (run.chunk_count, triton.cdiv(p.width, plan.sum_columns)),
+            (run.chunk_count, cdiv(p.width, plan.sum_columns)),
             a=run.hidden,
             small=self.pb_up,
             order=run.routing.order,
@@ -296,7 +300,7 @@ class _Backward:
         width, block = parts.shape[2], 4096
         launch(
             sums.sum_chunks_kernel,
-            (triton.cdiv(rank * width, block), self.p.experts),
+            (cdiv(rank * width, block), self.p.experts),
             parts=parts,
             out=out,
             chunk_first=self.run.routing.chunk_first,
@@ -314,7 +318,7 @@ class _Backward:
         out = _like(like)
         launch(
             sums.sum_chunks_swap_kernel,
-            (triton.cdiv(width * padded, 64), triton.cdiv(experts, 64)),
+            (cdiv(width * padded, 64), cdiv(experts, 64)),
             parts=parts,
             out=out,
             chunk_first=self.run.routing.chunk_first,
@@ -339,7 +343,7 @@ class _Backward:
         block = min(block, next_power(min(rows, columns), 16))
         launch(
             sums.weight_gradient_kernel,
-            (triton.cdiv(columns, block), triton.cdiv(rows, block), self.p.experts),
+            (cdiv(columns, block), cdiv(rows, block), self.p.experts),
             left=left,
             right=right,
             order=run.routing.order,

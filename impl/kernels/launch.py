@@ -39,6 +39,7 @@ class Launch:
 
     @property
     def name(self) -> str:
+        """The kernel's name."""
         return str(self.kernel.__name__)
 
 
@@ -60,14 +61,69 @@ class CompileSpec:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *, warps: int, stages: int, **arguments: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *,
+    warps: int,
+    stages: int,
+    registers: int = 0,
+    **arguments: Any,
 ) -> None:
-    """Run ``kernel[grid](**arguments)``; an empty grid runs nothing; when recording, only note it."""
+    """Run ``kernel[grid](**arguments)``; an empty grid runs nothing; when recording, only note it.
+
+    ``registers`` caps the registers of a thread, 0 leaves them to the compiler.
+    """
     options = {"num_warps": warps, "num_stages": stages}
+    if registers:
+        options["maxnreg"] = registers
     if _RECORDER is not None:
         _RECORDER.append(Launch(kernel, grid, arguments, options))
-    elif all(grid):
+        return
+    if not all(grid):
+        return
+    modes = _modes.get(id(kernel)) or _modes_of(kernel)
+    if modes is None:
         kernel[grid](**arguments, **options)
+        return
+    values = [arguments[name] for name in modes]
+    # What selects the compilation; at least as fine as Triton's own distinction, which looks at
+    # every argument anew and takes longer than the smaller kernels run.
+    key: list[object] = [id(kernel), torch.cuda.current_device(), warps, stages, registers]
+    for value, mode in zip(values, modes.values(), strict=True):
+        if isinstance(value, torch.Tensor):
+            key += (value.dtype, value.data_ptr() & 15 == 0)
+        elif mode == _CONSTANT or value is None:
+            key.append(value)
+        elif isinstance(value, float):
+            key.append(float)
+        elif isinstance(value, int):
+            key.append(abs(value) < 2**31 if mode == _PLAIN else value)
+        else:
+            key += (value.base.dtype, *value.block_shape)
+    found = tuple(key)
+    compiled = _compiled.get(found)
+    if compiled is None:
+        _compiled[found] = kernel[grid](**arguments, **options)
+    else:
+        compiled[(*grid, 1, 1)[:3]](*values)
+
+
+_compiled: dict[tuple[object, ...], Any] = {}
+_CONSTANT, _PLAIN, _SPECIAL = range(3)
+
+
+_modes: dict[int, dict[str, int]] = {}
+
+
+def _modes_of(kernel: Any) -> dict[str, int] | None:
+    """How each argument enters a kernel's compilation; None where Triton interprets it."""
+    if not isinstance(kernel, triton.runtime.JITFunction):
+        return None
+    _modes[id(kernel)] = {
+        p.name: _CONSTANT if p.is_constexpr else _PLAIN if p.do_not_specialize else _SPECIAL
+        for p in kernel.params
+    }
+    return _modes[id(kernel)]
 
 
 def is_recording() -> bool:
@@ -87,7 +143,7 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def compile_ahead(records: list[Launch], device: torch.device, workers: int = 8) -> None:
-    """Compile the recorded launches on several threads, so that the first call does not do it one by one.
+    """Compile the recorded launches on several threads, rather than one by one in the first call.
 
     Most of a compilation is LLVM, ptxas and a C compiler, which do not hold the interpreter's lock.
     What fails here is compiled, or reported, by the launch itself.
@@ -109,7 +165,9 @@ def spec_of(record: Launch, label: str) -> CompileSpec:
     names = list(record.kernel.arg_names)
     constexprs = {p.name for p in record.kernel.params if p.is_constexpr}
     plain = {p.name for p in record.kernel.params if p.do_not_specialize}
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for position, name in enumerate(names):
         value = record.arguments[name]
         kind = "constexpr" if name in constexprs or value is None else _type_of(value)
@@ -146,4 +204,9 @@ def _type_of(value: Any) -> str:
 
 def next_power(value: int, least: int = 1) -> int:
     """The next power of two that is at least ``value`` and ``least``."""
-    return max(least, int(triton.next_power_of_2(max(1, value))))
+    return max(least, 1 << max(0, value - 1).bit_length())
+
+
+def cdiv(value: int, by: int) -> int:
+    """``value / by``, rounded up."""
+    return -(-value // by)

@@ -1,10 +1,10 @@
-"""Registers the experts kernel with transformers as ``"scattermoe"``, and lets PEFT adapters reach it.
+"""Registers the experts kernel with transformers as ``"scattermoe"``; PEFT adapters reach it.
 
 ``register`` adds one function to transformers' experts interface and replaces PEFT's
-``ParamWrapper.forward``; ``unregister`` takes both back. A wrapper around an experts module that runs
-``"scattermoe"`` hands its factors to the kernel instead of forming ``W + s B A`` by parametrization
-(`live-defects.md` L13, L24). Whatever the kernel does not do runs the plain stack, with a
-`KernelFallbackWarning` and a count in `calls`: nothing falls back silently (L20).
+``ParamWrapper.forward``; ``unregister`` takes both back. A wrapper around an experts module that
+runs ``"scattermoe"`` hands its factors to the kernel instead of forming ``W + s B A`` by
+parametrization (`live-defects.md` L13, L24). Whatever the kernel does not do runs the plain stack,
+with a `KernelFallbackWarning` and a count in `calls`: nothing falls back silently (L20).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ class Calls:
     reasons: Counter[str] = field(default_factory=Counter)  # why, for each plain call
 
     def reset(self) -> None:
+        """Start counting anew."""
         self.base = self.fused = self.plain = 0
         self.reasons.clear()
 
@@ -49,7 +51,7 @@ class Calls:
 calls = Calls()
 _state = threading.local()
 _peft_forward: tuple[Callable[..., Any], Callable[..., Any]] | None = None
-_activations: dict[tuple[type, type], str | None] = {}
+_activations: WeakKeyDictionary[nn.Module, tuple[Any, str | None]] = WeakKeyDictionary()
 
 
 def register() -> None:
@@ -62,7 +64,7 @@ def register() -> None:
     present = registry.get(NAME)
     if present is not None and present is not experts_forward:
         raise RuntimeError(
-            f"experts implementation {NAME!r} is already registered as {_name(present)}; not replaced"
+            f"experts implementation {NAME!r} is already registered as {_name(present)}"
         )
     interface.register(NAME, experts_forward)
     wrapper = _param_wrapper()
@@ -112,11 +114,13 @@ def why_unsupported(module: nn.Module) -> str | None:
 
 
 def activation_of(module: nn.Module) -> str | None:
-    """The activation by what the module's gate computes on a probe, not by what it is called (L15)."""
-    key = (type(module), type(getattr(module, "act_fn", None)))
-    if key not in _activations:
-        _activations[key] = _probe(module)
-    return _activations[key]
+    """The activation by what the module's gate computes on a probe, not by its name (L15)."""
+    act_fn = getattr(module, "act_fn", None)
+    known = _activations.get(module)
+    if known is None or known[0] is not act_fn:
+        known = _activations[module] = (act_fn, _probe(module))
+    act: str | None = known[1]
+    return act
 
 
 @torch.no_grad()
@@ -125,24 +129,23 @@ def _probe(module: nn.Module) -> str | None:
     gate = torch.linspace(-60.0, 60.0, 481, dtype=torch.float64)
     up = torch.linspace(90.0, -70.0, 481, dtype=torch.float64)
     try:
-        if hasattr(module, "_apply_gate"):
-            found = module._apply_gate(torch.cat([gate, up])[None])[0]
-        else:
-            found = module.act_fn(gate) * up  # type: ignore[operator]
+        gating: Any = getattr(module, "_apply_gate", None)
+        activation: Any = getattr(module, "act_fn", None)
+        found = gating(torch.cat([gate, up])[None])[0] if gating else activation(gate) * up
     except (AttributeError, RuntimeError, TypeError):
         return None
-    for act in ACTIVATIONS:
-        wanted = gate_and_slope(gate, act)[0] * up
+    for name in ACTIVATIONS:
+        wanted = gate_and_slope(gate, name)[0] * up
         if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-6, atol=1e-8):
-            return act
+            return name
     return None
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def experts_forward(
     module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """The function under ``"scattermoe"``: hidden ``(T, H)`` to ``(T, H)``, see `moe_lora_experts`."""
+    """The function under ``"scattermoe"``: ``(T, H)`` to ``(T, H)``, see `moe_lora_experts`."""
     lora = _take_lora(module)
     reason = _reason_against(module)
     if reason is not None:
@@ -203,7 +206,7 @@ def _wrapper_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     return _decide(self, original, chain, experts, x, *args, **kwargs)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _decide(
     outer: Any,
     original: Callable[..., Any],
@@ -272,7 +275,7 @@ def _factors(chain: list[Any]) -> ExpertLora:
 
 @contextmanager
 def _handing_over(owner: nn.Module, lora: ExpertLora | None, reason: str | None) -> Iterator[None]:
-    """Hold the factors (or the reason against) for the experts call inside; per thread, nestable."""
+    """Hold the factors, or the reason against, for the call inside; per thread, nestable."""
     names = ("owner", "lora", "declined", "reason")
     before = [getattr(_state, name, None) for name in names]
     values = (owner, lora, None if reason is None else owner, reason)
