@@ -190,7 +190,7 @@ def exact_pass(
 
 
 class _Sums:
-    """Accumulates every needed gradient from normalised tiles; fp32 sums, one rounding at the end."""
+    """Accumulates every needed gradient from normalised tiles: fp32 sums, rounded once."""
 
     def __init__(self, op: Operands, tiles: Tiles, needs: Needs, factor: torch.Tensor) -> None:
         self.op, self.needs, self.factor = op, needs, factor

@@ -83,8 +83,8 @@ class Enabled:
 def enable(model: nn.Module, **options: Any) -> Enabled:
     """Train `model` (bare, or inside PEFT or DDP) with the fused loss until the result is called.
 
-    `options` go to `linear_cross_entropy` (`memory_budget`, `mode`, `z_loss`). A class that is not in
-    `HEADS` keeps its own loss: a warning says so, `.applied` is False and `.reason` names the class.
+    `options` go to `linear_cross_entropy` (`memory_budget`, `mode`, `z_loss`). A class that is not
+    in `HEADS` keeps its own loss: a warning says so, `.applied` is False, `.reason` names the class.
     In evaluation, without labels, with `logits_to_keep` or a custom loss function, the model's own
     path runs too. The output's `logits` are None where the fused loss was used.
     """

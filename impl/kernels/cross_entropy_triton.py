@@ -47,7 +47,7 @@ def _tanh(x, inner, TANH: tl.constexpr):
         return tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [x * inner], dtype=tl.float32, is_pure=True, pack=1
         )
-    if TANH == 1:
+    if TANH == 1:  # noqa: SIM102
         if _ASM:
             e = _exp2(x * (inner * (2.0 * _LOG2E)))
             return 1.0 - 2.0 * tl.inline_asm_elementwise(
@@ -168,7 +168,7 @@ def _sweep(
         tl.store(total_ptr + row, tl.load(total_ptr + row) + total)
     if inside:
         tl.store(target_ptr + row, target)
-    if HAS_ACC:
+    if HAS_ACC:  # noqa: SIM102
         if top > before:
             _shrink(acc_ptr + row * acc_stride, dim, shrink, BLOCK)
 
@@ -270,7 +270,7 @@ class TritonRows:
         write: bool,
         accumulator: torch.Tensor | None,
     ) -> None:
-        """Take a tile into the state, optionally leaving exp(z - top) dz/dx / scale in its place."""
+        """Take a tile into the state; with `write`, leave exp(z - top) dz/dx / scale in it."""
         width = x.shape[1]
         block = min(self.block, triton.next_power_of_2(width))
         acc = x if accumulator is None else accumulator
