@@ -256,7 +256,7 @@ def _factors(form: Form) -> tuple[float, float]:
 class TritonRows:
     """See `RowOperations`. `block`: the columns a program holds at once; `warps`: its width."""
 
-    def __init__(self, block: int = 4096, warps: int = 4) -> None:
+    def __init__(self, block: int = 1024, warps: int = 4) -> None:
         self.block, self.warps = block, warps
 
     def sweep(
@@ -362,9 +362,9 @@ def compile_specs() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str,
         common = {"HAS_BIAS": False, "TANH": tanh, "PRECISE": False}
         for even in (True, False):
             meta = {**common, "WRITE": True, "TOTAL": False, "HAS_ACC": True, "EVEN": even,
-                    "BLOCK": 4096}  # fmt: skip
+                    "BLOCK": 1024}  # fmt: skip
             specs.append((_sweep, sweep, meta, {"num_warps": 4}))
-        meta = {**common, "HAS_WEIGHT": False, "PLAIN": True, "EVEN": True, "BLOCK": 4096}
+        meta = {**common, "HAS_WEIGHT": False, "PLAIN": True, "EVEN": True, "BLOCK": 1024}
         specs.append((_gradient, gradient, meta, {"num_warps": 4}))
         meta = {"HAS_ROWS": True, "TANH": FULL_TANH if tanh else NO_TANH, "BLOCK": 1024}
         specs.append((_finish, finish, meta, {"num_warps": 4}))
