@@ -269,17 +269,21 @@ def _operands(
         features=None if features is None else features.to(hidden.dtype).contiguous(),
         low_rank=None if low_rank is None else low_rank.to(hidden.dtype).contiguous(),
         buffer_dtype=buffer_dtype,
+        gradient_dtype=None if buffer_dtype == hidden.dtype else buffer_dtype,
     )  # fmt: skip
 
 
 def row_operations(hidden: torch.Tensor, mode: Mode) -> tuple[RowOperations, torch.dtype]:
-    """Triton rows where they can run, torch rows elsewhere; and the dtype of the logits tile."""
+    """Triton rows where they can run, torch rows elsewhere; and the dtype of the logits tile.
+
+    The interpreter truncates on its way to bf16, so it gets fp32 tiles and gradients.
+    """
     if mode != "torch" and hidden.dtype != torch.float64:
         try:
             from .cross_entropy_triton import INTERPRETED, TritonRows
         except ImportError:
             INTERPRETED = None  # type: ignore[assignment]
-        if INTERPRETED is not None and (hidden.is_cuda or (INTERPRETED and mode != "auto")):
+        if INTERPRETED is not None and (hidden.is_cuda or INTERPRETED):
             narrow = INTERPRETED and hidden.dtype == torch.bfloat16
             return TritonRows(), torch.float32 if narrow else hidden.dtype
         if mode != "auto":
@@ -290,12 +294,10 @@ def row_operations(hidden: torch.Tensor, mode: Mode) -> tuple[RowOperations, tor
     return TorchRows(), hidden.dtype
 
 
-def scaled(
-    gradient: torch.Tensor | None, upstream: torch.Tensor, keep: bool
-) -> torch.Tensor | None:
+def scaled(gradient: torch.Tensor, upstream: torch.Tensor, keep: bool) -> torch.Tensor:
     """The saved gradient times the upstream one; in its own storage if nobody needs it again."""
-    if gradient is None or keep:
-        return None if gradient is None else (gradient * upstream).to(gradient.dtype)
+    if keep:
+        return (gradient * upstream).to(gradient.dtype)
     if upstream.dim() == 0 and gradient.is_cuda and gradient.is_contiguous():
         from .cross_entropy_triton import scale_in_place
 
