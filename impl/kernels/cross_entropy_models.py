@@ -110,10 +110,14 @@ def enable(model: nn.Module, **options: Any) -> Enabled:
             if why:
                 enabled.fall_back(why)
             return inner(*args, **kwargs)
+        calls = enabled.calls
         with _intercepted(target, kwargs, enabled, options):
             output = inner(*args, **kwargs)
-        if isinstance(output.get("logits"), _Deferred):
-            output = type(output)(**{k: v for k, v in output.items() if k != "logits"})
+        logits = output.get("logits")
+        if isinstance(logits, _Deferred):
+            if enabled.calls > calls:
+                return type(output)(**{k: v for k, v in output.items() if k != "logits"})
+            output["logits"] = logits.materialise("its logits do more than pass the softcap")
         return output
 
     forward._fused_loss = True  # type: ignore[attr-defined]

@@ -141,7 +141,7 @@ def _sweep(
         x = ahead
         # The next block is on its way while this one is worked on; one past the end is masked.
         left = width - BLOCK - start
-        ahead = tl.load(x_row + cols + BLOCK, mask=left > 0 if EVEN else lanes < left, other=0.0)
+        ahead = tl.load(x_row + cols + BLOCK, mask=lanes < left, other=0.0)
         q = _reduced(x, bias_ptr, cols, mask, inner, HAS_BIAS, TANH)
         block_top = tl.max(q if EVEN else tl.where(mask, q, -float("inf")), 0) * outer
         if block_top > top + _JUMP:
