@@ -7,6 +7,7 @@ Everything is computed in fp32 from loads converted at once, because the interpr
 arithmetic is wrong. No atomics: a second run is equal bit by bit.
 """
 
+# mypy: ignore-errors
 from __future__ import annotations
 
 import os
