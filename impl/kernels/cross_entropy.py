@@ -99,7 +99,9 @@ def linear_cross_entropy(
         divisor = torch.as_tensor(num_items_in_batch).to(flat.device, non_blocking=True)
     elif reduction == "sum":
         divisor = torch.ones((), device=flat.device)
-    loss: torch.Tensor = _LinearCrossEntropy.apply(*tensors, labels_flat, divisor, job)
+    loss: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        *tensors, labels_flat, divisor, job
+    )
     return loss.view(labels.shape) if per_token else loss
 
 
@@ -178,14 +180,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        out: tuple[torch.Tensor | None, ...]
         if ctx.deferred:
             grads = _recompute(ctx, upstream)
             out = (grads.hidden, grads.weight, grads.bias, grads.features, grads.low_rank)
         else:
             row = upstream.unsqueeze(1) if ctx.job.per_token else upstream
             keep = _graph_is_kept()
-            out = tuple(_scaled(g, row, keep) for g in ctx.saved_tensors)
-        cast = tuple(
+            out = tuple(None if g is None else scaled(g, row, keep) for g in ctx.saved_tensors)
+        cast = (
             None if g is None else g.to(dtype) for g, dtype in zip(out, ctx.dtypes, strict=True)
         )
         return (*cast, None, None, None)
@@ -198,18 +201,22 @@ def _run(
     if op.labels.shape[0] == 0:
         return _nothing(op, needs)
     if job.mode != "chunked" and can_defer(op, needs):
-        losses, hidden = deferred_pass(op, _tiles(op, job, needs, sliced=True), factor)
+        tiles = tiles_for(op, job.mode, job.budget, needs, deferred=True)
+        losses, hidden = deferred_pass(op, tiles, factor)
         return losses, losses, Gradients(hidden=hidden)
-    return exact_pass(op, _tiles(op, job, needs, sliced=job.mode == "lean"), needs, factor)
+    return exact_pass(op, tiles_for(op, job.mode, job.budget, needs), needs, factor)
 
 
-def _tiles(op: Operands, job: _Job, needs: Needs, sliced: bool) -> Tiles:
+def tiles_for(
+    op: Operands, mode: Mode, memory_budget: int | None, needs: Needs, deferred: bool = False
+) -> Tiles:
     """Tile sizes within the caller's budget or the default of the case."""
     default = TRAINABLE_BUDGET if needs.parameters else FROZEN_BUDGET
-    if job.mode == "lean":
-        default = LEAN_BUDGET
-    budget = default if job.budget is None else job.budget
-    return sliced_tiles(op, budget) if sliced or not needs.any else whole_row_tiles(op, budget)
+    default = LEAN_BUDGET if mode == "lean" else default
+    budget = default if memory_budget is None else memory_budget
+    if deferred or mode == "lean" or not needs.any:
+        return sliced_tiles(op, budget)
+    return whole_row_tiles(op, budget)
 
 
 def _nothing(op: Operands, needs: Needs) -> tuple[torch.Tensor, torch.Tensor, Gradients]:
@@ -235,7 +242,7 @@ def _recompute(ctx: Any, upstream: torch.Tensor) -> Gradients:
         weights = weights.to(lse.dtype)
         # Tiles hold weights of order one, whatever the loss is divided by: float16 would lose them.
         largest = weights.abs().amax().clamp_min(torch.finfo(lse.dtype).tiny)
-        tiles = _tiles(op, job, job.needs, sliced=job.mode == "lean")
+        tiles = tiles_for(op, job.mode, job.budget, job.needs)
         return exact_pass(op, tiles, job.needs, largest, lse, weights / largest)[2]
 
 
@@ -255,24 +262,28 @@ def _operands(
         rows = None
     else:
         labels = labels.index_select(0, rows)
-    ops, buffer_dtype = _row_operations(hidden, job.mode)
+    ops, buffer_dtype = row_operations(hidden, job.mode)
     return Operands(
         hidden=hidden.contiguous(), labels=labels.contiguous(), weight=weight, form=job.form,
         ops=ops, rows=rows, bias=None if bias is None else bias.contiguous(),
         features=None if features is None else features.to(hidden.dtype).contiguous(),
         low_rank=None if low_rank is None else low_rank.to(hidden.dtype).contiguous(),
         buffer_dtype=buffer_dtype,
+        gradient_dtype=None if buffer_dtype == hidden.dtype else buffer_dtype,
     )  # fmt: skip
 
 
-def _row_operations(hidden: torch.Tensor, mode: Mode) -> tuple[RowOperations, torch.dtype]:
-    """Triton rows where they can run, torch rows elsewhere; and the dtype of the logits tile."""
+def row_operations(hidden: torch.Tensor, mode: Mode) -> tuple[RowOperations, torch.dtype]:
+    """Triton rows where they can run, torch rows elsewhere; and the dtype of the logits tile.
+
+    The interpreter truncates on its way to bf16, so it gets fp32 tiles and gradients.
+    """
     if mode != "torch" and hidden.dtype != torch.float64:
         try:
             from .cross_entropy_triton import INTERPRETED, TritonRows
         except ImportError:
             INTERPRETED = None  # type: ignore[assignment]
-        if INTERPRETED is not None and (hidden.is_cuda or (INTERPRETED and mode != "auto")):
+        if INTERPRETED is not None and (hidden.is_cuda or INTERPRETED):
             narrow = INTERPRETED and hidden.dtype == torch.bfloat16
             return TritonRows(), torch.float32 if narrow else hidden.dtype
         if mode != "auto":
@@ -283,12 +294,10 @@ def _row_operations(hidden: torch.Tensor, mode: Mode) -> tuple[RowOperations, to
     return TorchRows(), hidden.dtype
 
 
-def _scaled(
-    gradient: torch.Tensor | None, upstream: torch.Tensor, keep: bool
-) -> torch.Tensor | None:
+def scaled(gradient: torch.Tensor, upstream: torch.Tensor, keep: bool) -> torch.Tensor:
     """The saved gradient times the upstream one; in its own storage if nobody needs it again."""
-    if gradient is None or keep:
-        return None if gradient is None else (gradient * upstream).to(gradient.dtype)
+    if keep:
+        return (gradient * upstream).to(gradient.dtype)
     if upstream.dim() == 0 and gradient.is_cuda and gradient.is_contiguous():
         from .cross_entropy_triton import scale_in_place
 

@@ -21,8 +21,8 @@ from .cross_entropy_products import (
 )
 from .cross_entropy_rows import Form, RowOperations, State, token_losses
 
-# Bytes of a logits tile that the row operations still find in the second-level cache.
-CACHED_TILE = 24 << 20
+# Columns a product fills before the row operations look at them; wider gains nothing.
+SLICE = 32768
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ class Operands:
     features: torch.Tensor | None = None  # (N, r): scaled low-rank features of the hidden states
     low_rank: torch.Tensor | None = None  # (V, r)
     buffer_dtype: torch.dtype = torch.float32
+    gradient_dtype: torch.dtype | None = None  # of the hidden states' gradient; None: theirs
     _gathered: torch.Tensor | None = field(default=None, repr=False)
 
     def index(self, start: int, end: int) -> torch.Tensor | None:
@@ -138,8 +139,7 @@ def whole_row_tiles(op: Operands, budget: int) -> Tiles:
     token = vocabulary * item + dim * (4 + gather)
     tokens = min(count, max(1, (budget - (1 << 20)) // token))
     tokens = -(-count // -(-count // tokens))
-    inner = max(1024, CACHED_TILE // (tokens * item) // 256 * 256)
-    return Tiles(tokens, vocabulary, min(vocabulary, inner))
+    return Tiles(tokens, vocabulary, min(vocabulary, SLICE))
 
 
 def exact_pass(
@@ -190,7 +190,7 @@ def exact_pass(
 
 
 class _Sums:
-    """Accumulates every needed gradient from normalised tiles; fp32 sums, one rounding at the end."""
+    """Accumulates every needed gradient from normalised tiles: fp32 sums, rounded once."""
 
     def __init__(self, op: Operands, tiles: Tiles, needs: Needs, factor: torch.Tensor) -> None:
         self.op, self.needs, self.factor = op, needs, factor
@@ -266,5 +266,6 @@ def hidden_gradient(op: Operands) -> torch.Tensor:
     before the loss scale of the upstream gradient reaches it.
     """
     dtype = torch.float32 if op.hidden.dtype == torch.float16 else op.hidden.dtype
+    dtype = op.gradient_dtype or dtype
     make = torch.empty_like if op.rows is None else torch.zeros_like
     return make(op.hidden, dtype=dtype, memory_format=torch.contiguous_format)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 
 from .cross_entropy_chunks import (
+    SLICE,
     Needs,
     Operands,
     Tiles,
@@ -28,7 +29,7 @@ from .cross_entropy_chunks import (
 from .cross_entropy_products import accumulation_dtype, product_into
 from .cross_entropy_rows import State, token_losses
 
-_CHUNK, _SLICE, _WIDEST = 2816, 8192, 32768
+_CHUNK, _NARROW = 2816, 8192
 
 
 def can_defer(op: Operands, needs: Needs) -> bool:
@@ -58,11 +59,11 @@ def sliced_tiles(op: Operands, budget: int) -> Tiles:
     gather = op.hidden.element_size() if op.rows is not None else 0
     fixed = dim * (accumulation_dtype(op.hidden.dtype).itemsize + gather)
     budget -= 1 << 20
-    least = min(_SLICE, vocabulary)
+    least = min(_NARROW, vocabulary)
     tokens = max(1, min(count, _CHUNK, budget // (fixed + least * item)))
     tokens = -(-count // -(-count // tokens))
     width = (budget - tokens * fixed) // (tokens * item) // 256 * 256
-    width = min(vocabulary, max(256, min(width, _WIDEST)))
+    width = min(vocabulary, max(256, min(width, SLICE)))
     return Tiles(tokens, width, width)
 
 

@@ -55,9 +55,10 @@ HEADS: dict[str, Head] = {
 class Enabled:
     """What `enable` did; call it to undo. `calls` counts losses computed without logits."""
 
-    def __init__(self, model: nn.Module | None, reason: str) -> None:
+    def __init__(self, model: nn.Module | None, reason: str, previous: Any = None) -> None:
         self.model = model
         self.reason = reason
+        self._previous = previous  # an instance-level forward (accelerate's) that we wrapped
         self.calls = 0
         self.fallbacks: list[str] = []
 
@@ -75,7 +76,7 @@ class Enabled:
     def __call__(self) -> None:
         """Give the model its own forward back."""
         if self.model is not None:
-            self.model.__dict__.pop("forward", None)
+            _put_back(self.model, "forward", self._previous)
             self.model = None
             self.reason = "undone"
 
@@ -83,22 +84,23 @@ class Enabled:
 def enable(model: nn.Module, **options: Any) -> Enabled:
     """Train `model` (bare, or inside PEFT or DDP) with the fused loss until the result is called.
 
-    `options` go to `linear_cross_entropy` (`memory_budget`, `mode`, `z_loss`). A class that is not in
-    `HEADS` keeps its own loss: a warning says so, `.applied` is False and `.reason` names the class.
+    `options` go to `linear_cross_entropy` (`memory_budget`, `mode`, `z_loss`). A class outside
+    `HEADS` keeps its own loss: a warning says so, `.applied` is False, `.reason` names the class.
     In evaluation, without labels, with `logits_to_keep` or a custom loss function, the model's own
     path runs too. The output's `logits` are None where the fused loss was used.
     """
-    found = [m for m in model.modules() if type(m).__name__ in HEADS]
+    found = [m for m in model.modules() if _class_name(m) in HEADS]
     if len(found) != 1:
-        name = type(_innermost(model)).__name__
+        name = _class_name(_innermost(model))
         why = f"{name} is not in the table of known heads; it keeps its own loss"
         enabled = Enabled(None, why)
         enabled.fall_back(why)
         return enabled
     target = found[0]
     if "forward" in target.__dict__ and hasattr(target.forward, "_fused_loss"):
-        raise ValueError(f"{type(target).__name__} already has the fused loss enabled")
-    enabled = Enabled(target, f"{type(target).__name__}: loss from hidden states")
+        raise ValueError(f"{_class_name(target)} already has the fused loss enabled")
+    previous = target.__dict__.get("forward")
+    enabled = Enabled(target, f"{_class_name(target)}: loss from hidden states", previous)
     inner = target.forward
 
     @functools.wraps(inner)
@@ -108,30 +110,24 @@ def enable(model: nn.Module, **options: Any) -> Enabled:
             if why:
                 enabled.fall_back(why)
             return inner(*args, **kwargs)
+        calls = enabled.calls
         with _intercepted(target, kwargs, enabled, options):
             output = inner(*args, **kwargs)
-        if isinstance(output.get("logits"), _Deferred):
-            output = type(output)(**{k: v for k, v in output.items() if k != "logits"})
+        logits = output.get("logits")
+        if isinstance(logits, _Deferred):
+            if enabled.calls > calls:
+                return type(output)(**{k: v for k, v in output.items() if k != "logits"})
+            output["logits"] = logits.materialise("its logits do more than pass the softcap")
         return output
 
     forward._fused_loss = True  # type: ignore[attr-defined]
-    previous = target.__dict__.get("forward")
-    target.forward = forward  # type: ignore[method-assign]
-    if previous is not None:  # something else (accelerate) had wrapped it: give that back
-        enabled.__class__ = type("Enabled", (Enabled,), {"__call__": _restoring(previous)})
+    target.__dict__["forward"] = forward
     return enabled
 
 
-def _restoring(previous: Callable[..., Any]) -> Callable[[Enabled], None]:
-    """An undo that puts an earlier instance-level forward back."""
-
-    def undo(self: Enabled) -> None:
-        if self.model is not None:
-            self.model.forward = previous  # type: ignore[method-assign]
-            self.model = None
-            self.reason = "undone"
-
-    return undo
+def _class_name(module: nn.Module) -> str:
+    """The class that FSDP2 may have renamed by its prefix."""
+    return type(module).__name__.removeprefix("FSDP")
 
 
 def _own_path(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
@@ -159,7 +155,7 @@ def _intercepted(
     own_head, own_loss = head.forward, model.loss_function
     had_head, had_loss = head.__dict__.get("forward"), model.__dict__.get("_loss_function")
     softcap = None
-    if HEADS[type(model).__name__].softcap:
+    if HEADS[_class_name(model)].softcap:
         softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
     def head_forward(hidden: torch.Tensor, *args: Any, **kw: Any) -> Any:
@@ -234,7 +230,7 @@ class _Deferred:
 
     def materialise(self, why: str) -> torch.Tensor:
         """The real logits, after the recorded steps."""
-        self._enabled.fall_back(f"{type(self._enabled.model).__name__}: {why}")
+        self._enabled.fall_back(f"{self._enabled.reason.split(':')[0]}: {why}")
         logits = self._compute()
         for kind, value in self._steps:
             if kind == "tanh":

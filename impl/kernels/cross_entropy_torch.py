@@ -45,7 +45,7 @@ class TorchRows:
         write: bool,
         accumulator: torch.Tensor | None,
     ) -> None:
-        """Take a tile into the state, optionally leaving exp(z - top) dz/dx / scale in its place."""
+        """Take a tile into the state; with `write`, leave exp(z - top) dz/dx / scale in it."""
         z = _logits(x, bias, form, state.top.dtype)
         column, hit = _label_columns(labels, offset, x.shape[1])
         tile_top = z.amax(1)
