@@ -87,7 +87,16 @@ class StockTransformers:
                 ),
             ),
         ),
-        Capability("collate"),
+        Capability(
+            "collate",
+            excludes=(
+                Exclusion(
+                    "the stock stack's packing collator (DataCollatorWithFlattening) takes text"
+                    " only",
+                    checks=frozenset({"S07"}),
+                ),
+            ),
+        ),
         Capability("loss"),
         Capability("fit"),
         Capability("save"),
@@ -198,7 +207,7 @@ class StockTransformers:
         from conformance import batches
 
         if plan.setting.batch != "packed":
-            return batches.stack(samples)
+            return batches.stack([dict(sample) for sample in samples])
         from transformers import DataCollatorWithFlattening
 
         rows = [

@@ -81,6 +81,7 @@ def parallelize(model: Any, plan: Any, mesh: Any) -> Any:
 
 def _accelerator(plan: Any, mesh: Any) -> Any:
     """A fresh Accelerator for the plan's strategy on the device of the mesh."""
+    import torch
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs, DistributedType
@@ -95,21 +96,25 @@ def _accelerator(plan: Any, mesh: Any) -> Any:
         unused = plan.decisions["ddp_find_unused_parameters"].value
         handler = DistributedDataParallelKwargs(find_unused_parameters=unused)
         return Accelerator(kwargs_handlers=[handler], **options)
-    if plan.strategy == "hsdp":
-        options["parallelism_config"] = _hybrid(mesh)
+    hybrid = _hybrid(mesh) if plan.strategy == "hsdp" else None
     plugin = _plugin(plan)
+    if not cpu:
+        return Accelerator(fsdp_plugin=plugin, parallelism_config=hybrid, **options)
     accelerator = Accelerator(fsdp_plugin=plugin, **options)
-    if cpu:
-        accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = plugin
-        if options["mixed_precision"] != "no":
-            plugin.set_mixed_precision(options["mixed_precision"])
+    state = accelerator.state
+    state.device = torch.device("cpu")  # FSDP1 refuses accelerate's `cpu:0`
+    state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
+    if options["mixed_precision"] != "no":
+        plugin.set_mixed_precision(options["mixed_precision"])
+    if hybrid is not None:
+        state.parallelism_config = hybrid
+        state.device_mesh = hybrid.build_device_mesh("cpu")
     return accelerator
 
 
 def _plugin(plan: Any) -> Any:
-    """The FSDP plugin that Trainer makes of `fsdp_config`: classes by the model's own list, original
-    parameters kept, whole state dicts."""
+    """The FSDP plugin that Trainer makes of `fsdp_config`: classes by the model's own list,
+    original parameters kept, whole state dicts."""
     from accelerate import FullyShardedDataParallelPlugin
 
     config = plan.decisions["fsdp_config"].value
