@@ -173,6 +173,8 @@ class StockTransformers:
     def prepare(self, model: Any, plan: StockPlan) -> Any:
         """Checkpointing by the model's own switch, adapters by PEFT, no cache (as Trainer does)."""
         model.config.use_cache = False
+        if plan.options.get("auxiliary_loss"):
+            model.config.get_text_config().output_router_logits = True
         checkpointing = plan.decisions["gradient_checkpointing_kwargs"].value
         if checkpointing is not None:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)

@@ -26,7 +26,12 @@ def _each(
 
 FORWARD = (
     *_each(
-        ("M05/gemma4-e[24]b/*ckpt-reentrant*/single", "M05/gemma3n/*ckpt-reentrant*/single"),
+        (
+            "M05/gemma4-e[24]b/*ckpt-reentrant*/single",
+            "M05/gemma3n/*ckpt-reentrant*/single",
+            "N01/gemma4-e[24]b/*ckpt-reentrant*/single",
+            "N01/gemma3n/*ckpt-reentrant*/single",
+        ),
         "L1: the first pass of reentrant checkpointing runs without gradient, so the keys and"
         " values that later layers share are detached and their producers get a wrong gradient",
         "https://github.com/unslothai/unsloth-zoo/issues/813",
@@ -70,6 +75,12 @@ MASKS = (
         " only; restarting position ids leak across documents",
         f"{_TRANSFORMERS}/44717",
     ),
+    *_each(
+        ("N01/qwen3_5/*ckpt*+packed*/single", "N01/qwen3_5_moe/*ckpt*+packed*/single"),
+        "Trainer switches the cache off in the top config, this decoder reads its own; with a cache"
+        " the documents of a packed row see one another, which checkpointing (no cache) stops",
+        f"{_TRANSFORMERS}/44717",
+    ),
 )
 LOSS = (
     *_each(
@@ -94,6 +105,20 @@ LOSS = (
         "the auxiliary loss is added whole to every micro-batch, whatever `num_items_in_batch`"
         " says, so its share grows with accumulation",
         f"{_TRANSFORMERS}/34191",
+    ),
+)
+EXPERTS = (
+    Expectation(
+        "R10/gemma4-moe/-/single",
+        "L10: `output_router_logits` is accepted, yet the class adds no loss and its router returns"
+        " probabilities",
+        f"{_TRANSFORMERS}/44242",
+    ),
+    Expectation(
+        "R11/gemma4-moe/-/single",
+        "L15: the sonicmoe integration looks the activation up as `hidden_act`, which this config"
+        " lacks, and falls back to silu",
+        f"{_AXOLOTL}/3651",
     ),
 )
 SHARDING = _each(
@@ -147,11 +172,11 @@ ADAPTERS = (
     ),
     *_each(
         (
-            "P05/gemma[34]-[vum]*/lora*/single",
-            "P05/gemma4-dense/lora/single",
+            "P05/gemma[34]-[vu]*/lora*/single",
+            "P05/gemma4-[dm]*/lora[-/]*",
             "P05/gemma4-e[24]b/lora*/single",
             "P05/qwen3_5/lora/single",
-            "P05/qwen3_5_moe/lora*/single",
+            "P05/qwen3_5_moe/lora[-/]*",
         ),
         "L6: `all-linear` adapts towers that the batch does not feed; those adapters get no"
         " gradient, which ends DDP",
@@ -174,6 +199,7 @@ EXPECTATIONS: tuple[Expectation, ...] = (
     *FORWARD,
     *MASKS,
     *LOSS,
+    *EXPERTS,
     *SHARDING,
     *CHECKPOINTS,
     *ADAPTERS,
