@@ -83,7 +83,7 @@ def _accelerator(plan: Any, mesh: Any) -> Any:
     """A fresh Accelerator for the plan's strategy on the device of the mesh."""
     import torch
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -102,8 +102,10 @@ def _accelerator(plan: Any, mesh: Any) -> Any:
         return Accelerator(fsdp_plugin=plugin, parallelism_config=hybrid, **options)
     accelerator = Accelerator(fsdp_plugin=plugin, **options)
     state = accelerator.state
-    state.device = torch.device("cpu")  # FSDP1 refuses accelerate's `cpu:0`
-    state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
+    state.fsdp_plugin = plugin
+    for shared in (state, PartialState()):  # the first is refreshed from the second
+        shared.distributed_type = DistributedType.FSDP
+        shared.device = torch.device("cpu")  # FSDP1 refuses accelerate's `cpu:0`
     if options["mixed_precision"] != "no":
         plugin.set_mixed_precision(options["mixed_precision"])
     if hybrid is not None:
@@ -147,7 +149,7 @@ def save(model: Any, path: Path) -> None:
     if accelerator is None:
         model.save_pretrained(path)
         return
-    state = accelerator.get_state_dict(model)
+    state = _whole_state(accelerator, model)
     inner = accelerator.unwrap_model(model)
     inner.save_pretrained(
         path,
@@ -156,6 +158,25 @@ def save(model: Any, path: Path) -> None:
         state_dict=state,
     )
     accelerator.wait_for_everyone()
+
+
+def _whole_state(accelerator: Any, model: Any) -> Any:
+    """`Accelerator.get_state_dict`; for FSDP1 on a CPU the same call without offloading to the CPU,
+    which ends torch 2.13 by a segmentation fault there."""
+    from accelerate.utils import DistributedType
+
+    fsdp1 = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
+    if not fsdp1 or accelerator.device.type != "cpu":
+        return accelerator.get_state_dict(model)
+    from torch.distributed.fsdp import (
+        FullStateDictConfig,
+        FullyShardedDataParallel,
+        StateDictType,
+    )
+
+    options = FullStateDictConfig(offload_to_cpu=False, rank0_only=True)
+    with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT, options):
+        return model.state_dict()
 
 
 def ranks() -> int:
