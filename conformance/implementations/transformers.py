@@ -241,7 +241,7 @@ class StockTransformers:
             save_steps=options.get("save_steps") or 500,
             logging_steps=1,
             report_to=[],
-            use_cpu=True,
+            use_cpu=next(model.parameters()).device.type == "cpu",
             disable_tqdm=True,
             remove_unused_columns=options.get("remove_unused_columns", True),
             train_sampling_strategy=options.get("sampling", "sequential"),
