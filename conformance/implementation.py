@@ -125,7 +125,8 @@ class Implementation(Protocol):
 
         options, all optional: lora_targets (a PEFT spec: "all-linear", a list of names, a regex),
         lora_target_parameters (full paths), lora_r, lora_alpha, lora_dropout, use_rslora,
-        modules_to_save, freeze_mm_modules, auxiliary_loss (asks for the router's loss).
+        modules_to_save, freeze_mm_modules, auxiliary_loss (asks for the router's loss),
+        experts_implementation (a name of transformers', such as "sonicmoe").
         """
 
     def build(self, path: Path, plan: TrainingPlan, mesh: Any = None) -> nn.Module:

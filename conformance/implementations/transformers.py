@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from conformance.implementation import Capability, Exclusion
+from conformance.implementations import transformers_parallel as spread
 from conformance.implementations.transformers_expectations import EXPECTATIONS
+from conformance.implementations.transformers_parallel import NotInThisVersion
 
 EXPERT_PARAMETERS = ("experts.gate_up_proj", "experts.down_proj")
 
@@ -46,11 +48,16 @@ class StockTransformers:
             excludes=(
                 Exclusion(
                     "the stock stack has no switch that freezes towers; a user sets requires_grad",
-                    checks=frozenset({"V06", "V12", "X13"}),
+                    checks=frozenset({"V06", "V12"}),
                 ),
                 Exclusion(
-                    "the stock stack decides nothing by itself: its defaults are the plan",
-                    checks=frozenset({"X06", "X08", "X10"}),
+                    "the stock stack takes the checkpointing mode that it is given, and says so"
+                    " nowhere: what that does to shared keys and values is M05's",
+                    checks=frozenset({"X08"}),
+                ),
+                Exclusion(
+                    "the stock stack's default LoRA targets are a list or `all-linear`, no pattern",
+                    checks=frozenset({"X10"}),
                 ),
             ),
         ),
@@ -70,8 +77,26 @@ class StockTransformers:
                 ),
             ),
         ),
-        Capability("parallelize"),
-        Capability("collate"),
+        Capability(
+            "parallelize",
+            excludes=(
+                Exclusion(
+                    "accelerate's context parallel is torch's ring attention: no CPU kernel, and a"
+                    " hook that drops every mask (accelerate#4177), so causal full attention only",
+                    strategies=frozenset({"cp"}),
+                ),
+            ),
+        ),
+        Capability(
+            "collate",
+            excludes=(
+                Exclusion(
+                    "the stock stack's packing collator (DataCollatorWithFlattening) takes text"
+                    " only",
+                    checks=frozenset({"S07"}),
+                ),
+            ),
+        ),
         Capability("loss"),
         Capability("fit"),
         Capability("save"),
@@ -80,7 +105,7 @@ class StockTransformers:
         Capability("merge"),
     )
     expectations = EXPECTATIONS
-    refusals: tuple[type[BaseException], ...] = ()
+    refusals: tuple[type[BaseException], ...] = (NotInThisVersion,)
 
     def plan(self, config: Any, setting: Any, strategy: str, **options: Any) -> StockPlan:
         """The quick starts' values: adapters on all linear layers, checkpointing as asked."""
@@ -97,7 +122,34 @@ class StockTransformers:
             "sample_packing": setting.batch == "packed",
         }
         decisions = {name: StockDecision(value) for name, value in values.items()}
+        if strategy != "single":
+            decisions.update(self._spreading(config, setting, strategy, options))
         return StockPlan(setting, strategy, dict(options), decisions)
+
+    def _spreading(
+        self, config: Any, setting: Any, strategy: str, options: Mapping[str, Any]
+    ) -> dict[str, StockDecision]:
+        """What Trainer and accelerate choose when the user names a strategy and nothing else."""
+        plain = setting.tuning == "full"
+        found = {
+            "freeze_mm_modules": StockDecision(False, "the stock stack has no such switch"),
+            "ddp_find_unused_parameters": StockDecision(
+                not (plain and setting.checkpointing != "off"),
+                "Trainer: False if a plain model is checkpointed, True otherwise",
+            ),
+        }
+        if strategy in spread.FSDP_VERSION:
+            named = options.get("fsdp_transformer_layer_cls_to_wrap")
+            value = {
+                "fsdp_version": spread.FSDP_VERSION[strategy],
+                "fsdp_transformer_layer_cls_to_wrap": named or spread.default_wrap_classes(config),
+                "state_dict_type": "FULL_STATE_DICT",
+                "cpu_ram_efficient_loading": bool(options.get("cpu_ram_efficient_loading")),
+            }
+            found["fsdp_config"] = StockDecision(
+                value, "accelerate wraps the model's `_no_split_modules` when no class is named"
+            )
+        return found
 
     def build(self, path: Path, plan: StockPlan, mesh: Any = None) -> Any:
         """`from_pretrained` of the class that the checkpoint names."""
@@ -115,10 +167,14 @@ class StockTransformers:
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_compute_dtype=options["dtype"],
             )
+        options.update(spread.sharding_options(plan, spread.ranks()))
         return model_class.from_pretrained(path, **options)
 
     def prepare(self, model: Any, plan: StockPlan) -> Any:
-        """Checkpointing by the model's own switch, adapters by PEFT."""
+        """Checkpointing by the model's own switch, adapters by PEFT, no cache (as Trainer does)."""
+        model.config.use_cache = False
+        if plan.options.get("auxiliary_loss"):
+            model.config.get_text_config().output_router_logits = True
         checkpointing = plan.decisions["gradient_checkpointing_kwargs"].value
         if checkpointing is not None:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
@@ -146,16 +202,14 @@ class StockTransformers:
 
     def parallelize(self, model: Any, plan: StockPlan, mesh: Any) -> Any:
         """Spread through accelerate, as its users do."""
-        from conformance.implementations.transformers_parallel import parallelize
-
-        return parallelize(model, plan, mesh)
+        return spread.parallelize(model, plan, mesh)
 
     def collate(self, samples: Sequence[Mapping[str, Any]], plan: StockPlan) -> dict[str, Any]:
         """The documented collators: flattening for packed rows, padding otherwise."""
         from conformance import batches
 
         if plan.setting.batch != "packed":
-            return batches.stack(samples)
+            return batches.stack([dict(sample) for sample in samples])
         from transformers import DataCollatorWithFlattening
 
         rows = [
@@ -187,7 +241,7 @@ class StockTransformers:
             save_steps=options.get("save_steps") or 500,
             logging_steps=1,
             report_to=[],
-            use_cpu=True,
+            use_cpu=next(model.parameters()).device.type == "cpu",
             disable_tqdm=True,
             remove_unused_columns=options.get("remove_unused_columns", True),
             train_sampling_strategy=options.get("sampling", "sequential"),
@@ -207,8 +261,8 @@ class StockTransformers:
         return self.fit(model, samples, plan, **options)
 
     def save(self, model: Any, path: Path) -> None:
-        """`save_pretrained`."""
-        model.save_pretrained(path)
+        """`save_pretrained`, of the whole model gathered by accelerate where it was spread."""
+        spread.save(model, path)
 
     def load(self, model: Any, path: Path) -> Any:
         """`PeftModel.from_pretrained`, or the model's own class."""

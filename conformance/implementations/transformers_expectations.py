@@ -1,7 +1,206 @@
-"""Known failures of the stock stack: each with its reason, its thread and its version range."""
+"""Known failures of the stock stack: each with its reason, its thread and its version range.
+
+The numbers L1, L2, … are those of the project's list of live defects. A range ends where a release
+was seen to be right; an open one holds for the newest stack that was tried.
+"""
 
 from __future__ import annotations
 
 from conformance.expectation import Expectation
 
-EXPECTATIONS: tuple[Expectation, ...] = ()
+_TRANSFORMERS = "https://github.com/huggingface/transformers/issues"
+_PEFT = "https://github.com/huggingface/peft/issues"
+_AXOLOTL = "https://github.com/axolotl-ai-cloud/axolotl/pull"
+
+
+def _each(
+    patterns: tuple[str, ...],
+    reason: str,
+    issue: str,
+    raises: tuple[type[BaseException], ...] = (AssertionError,),
+    when: tuple[str, ...] = (),
+) -> tuple[Expectation, ...]:
+    """One defect, seen by several checks."""
+    return tuple(Expectation(pattern, reason, issue, raises, when) for pattern in patterns)
+
+
+FORWARD = (
+    *_each(
+        (
+            "M05/gemma4-e[24]b/*ckpt-reentrant*/single",
+            "M05/gemma3n/*ckpt-reentrant*/single",
+            "N01/gemma4-e[24]b/*ckpt-reentrant*/single",
+            "N01/gemma3n/*ckpt-reentrant*/single",
+        ),
+        "L1: the first pass of reentrant checkpointing runs without gradient, so the keys and"
+        " values that later layers share are detached and their producers get a wrong gradient",
+        "https://github.com/unslothai/unsloth-zoo/issues/813",
+    ),
+    Expectation(
+        "M03/gemma3n/-/single",
+        "L12: from `inputs_embeds` the per-layer inputs are left out without a word",
+        f"{_TRANSFORMERS}/45874",
+    ),
+    *_each(
+        ("[MX]0[17]/gemma3n/*qlora*/single",),
+        "in training AltUp clamps `prediction_coefs.weight` in place, which 4-bit loading packed"
+        " into uint8",
+        "https://github.com/huggingface/transformers/blob/main/src/transformers/models/gemma3n/"
+        "modeling_gemma3n.py",
+        (RuntimeError,),
+    ),
+)
+MASKS = (
+    *_each(
+        ("V04/gemma3-vlm/images/single", "V04/gemma4-[dmu]*/images/single"),
+        "L3: an image without type ids is attended to causally, silently, since the demand for them"
+        " was dropped",
+        f"{_TRANSFORMERS}/45454",
+        when=("transformers>=5.6",),
+    ),
+    Expectation(
+        "A06/gemma4-unified/images/single",
+        "the forward overlays image blocks as Gemma 3 does, on full-attention layers and across the"
+        " window's edge; generation uses the family's own masks",
+        f"{_TRANSFORMERS}/46850",
+    ),
+    Expectation(
+        "S04/*/packed/single",
+        "L14: any attention mask, all ones too, turns the document mask by position ids off",
+        f"{_AXOLOTL}/2449",
+    ),
+    Expectation(
+        "S03/*/*packed/single",
+        "L4: convolution and state of the recurrent layers take boundaries from kernel arguments"
+        " only; restarting position ids leak across documents",
+        f"{_TRANSFORMERS}/44717",
+    ),
+    *_each(
+        ("N01/qwen3_5/*ckpt*+packed*/single", "N01/qwen3_5_moe/*ckpt*+packed*/single"),
+        "Trainer switches the cache off in the top config, this decoder reads its own; with a cache"
+        " the documents of a packed row see one another, which checkpointing (no cache) stops",
+        f"{_TRANSFORMERS}/44717",
+    ),
+)
+LOSS = (
+    *_each(
+        ("L02/gemma4-[!t]*/*/single", "L02/qwen3_5/*/single", "L02/qwen3_5_moe/*/single"),
+        "L2: the class says `accepts_loss_kwargs = False`, so Trainer averages micro-batches"
+        " without regard to their numbers of labels",
+        f"{_AXOLOTL}/3706",
+    ),
+    *_each(
+        ("L08/qwen3_5/fp64/single", "L08/qwen3_5_moe/fp64/single"),
+        "Trainer's label smoother shifts labels only for class names of the causal-LM mapping,"
+        " which lacks these multimodal classes",
+        "https://github.com/huggingface/transformers/pull/17987",
+    ),
+    Expectation(
+        "L06/*/single",
+        "the mean over no labelled token is 0 / 0: NaN, and NaN gradients",
+        f"{_AXOLOTL}/3033",
+    ),
+    Expectation(
+        "R05/*/-/single",
+        "the auxiliary loss is added whole to every micro-batch, whatever `num_items_in_batch`"
+        " says, so its share grows with accumulation",
+        f"{_TRANSFORMERS}/34191",
+    ),
+)
+EXPERTS = (
+    Expectation(
+        "R10/gemma4-moe/-/single",
+        "L10: `output_router_logits` is accepted, yet the class adds no loss and its router returns"
+        " probabilities",
+        f"{_TRANSFORMERS}/44242",
+    ),
+    Expectation(
+        "R11/gemma4-moe/-/single",
+        "L15: the sonicmoe integration looks the activation up as `hidden_act`, which this config"
+        " lacks, and falls back to silu",
+        f"{_AXOLOTL}/3651",
+    ),
+)
+SHARDING = _each(
+    ("X06/gemma4-[dmt]*/-/fsdp2", "X06/gemma3-vlm/-/fsdp2", "X06/qwen3_5*-text/-/fsdp2"),
+    "L18: when no class is named, accelerate wraps all of `_no_split_modules`, which lists classes"
+    " that this model does not have, and raises",
+    f"{_TRANSFORMERS}/37672",
+)
+CHECKPOINTS = _each(
+    (
+        "C07/gemma3-vlm/-/single",
+        "C07/mixtral/-/single",
+        "C07/qwen*_moe*/-/single",
+        "C07/qwen3_next/-/single",
+    ),
+    "Trainer writes its checkpoint through the hub's key names but reads it without them: whatever"
+    " was renamed or fused stays as it was before training, with a warning",
+    f"{_TRANSFORMERS}/48805",
+)
+ADAPTERS = (
+    *_each(
+        tuple(
+            f"{check}/{model}/lora/single"
+            for check, model in (
+                ("P0[12]", "gemma4-[dm]*e"),
+                ("P0[12]", "gemma4-e[24]b"),
+                ("P03", "gemma4-moe"),
+            )
+        ),
+        "L6: PEFT finds the projection's name on the towers' Gemma4ClippableLinear, which it cannot"
+        " adapt",
+        f"{_PEFT}/3129",
+        (ValueError,),
+    ),
+    Expectation(
+        "P02/gemma3-vlm/lora/single",
+        "L6: a list of names also adapts the vision tower, silently",
+        f"{_PEFT}/3129",
+    ),
+    Expectation(
+        "P02/qwen3_next/lora/single",
+        "L5: PEFT's expert map rewrites the names to the routed experts; the shared expert of those"
+        " names is left out",
+        f"{_PEFT}/3711",
+    ),
+    *_each(
+        ("P03/mixtral/*", "P03/qwen2_moe/*", "P03/qwen3_5_moe*/*"),
+        "L5: the names of expert leaves match nothing, or a dense or shared layer of that name"
+        " only, and no warning says so",
+        f"{_PEFT}/3711",
+    ),
+    *_each(
+        (
+            "P05/gemma[34]-[vu]*/lora*/single",
+            "P05/gemma4-[dm]*/lora[-/]*",
+            "P05/gemma4-e[24]b/lora*/single",
+            "P05/qwen3_5/lora/single",
+            "P05/qwen3_5_moe/lora[-/]*",
+        ),
+        "L6: `all-linear` adapts towers that the batch does not feed; those adapters get no"
+        " gradient, which ends DDP",
+        f"{_AXOLOTL}/3584",
+    ),
+    *_each(
+        ("P05/gemma3n/lora/single", "P13/gemma3n/lora*/single"),
+        "L7: AltUp reads `correction_coefs.weight` itself in training, past the adapter",
+        f"{_PEFT}/899",
+    ),
+    Expectation(
+        "P14/*",
+        "L13: PEFT removes its parametrization only when it is alone on the parameter, so on a"
+        " parametrised (quantised) expert weight one more piles up with every forward",
+        "https://github.com/huggingface/peft/pull/2638",
+        when=("peft>=0.21",),
+    ),
+)
+EXPECTATIONS: tuple[Expectation, ...] = (
+    *FORWARD,
+    *MASKS,
+    *LOSS,
+    *EXPERTS,
+    *SHARDING,
+    *CHECKPOINTS,
+    *ADAPTERS,
+)
