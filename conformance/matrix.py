@@ -14,9 +14,7 @@ from itertools import combinations, product
 from conformance.case import Case, Check, Model
 from conformance.families import MODELS
 from conformance.settings import DIMENSIONS, Setting
-from conformance.strategies import STRATEGIES
-
-MATRICES = ("smoke", "default", "full")
+from conformance.strategies import STRATEGIES, Strategy
 
 # Delicate combinations that history names, asked wherever they apply, besides the pairs.
 BY_HAND: tuple[str, ...] = (
@@ -71,19 +69,15 @@ def _pairs(setting: Setting, names: Sequence[str]) -> Iterator[tuple[str, str, s
 
 
 def cases(check: Check, matrix: str = "default") -> list[Case]:
-    """Every case of a check in the named matrix, in a fixed order.
-
-    smoke: one case a check, on the first model that has its traits.
-    """
+    """Every case of a check in the named matrix (`default` or `full`), in a fixed order."""
     if not check.per_model:
         return [Case(check, None, Setting.parse(text)) for text in check.settings]
-    found = [
+    return [
         case
         for model in MODELS.values()
         if check.asks(model)
         for case in _cases_of_model(check, model, full=matrix == "full")
     ]
-    return found[:1] if matrix == "smoke" else found
 
 
 def _cases_of_model(check: Check, model: Model, full: bool) -> list[Case]:
@@ -100,12 +94,12 @@ def _cases_of_model(check: Check, model: Model, full: bool) -> list[Case]:
 
 
 def _spread(
-    settings: Sequence[Setting], strategies: Sequence[object], own: int
-) -> list[tuple[Setting, object]]:
+    settings: Sequence[Setting], strategies: Sequence[Strategy], own: int
+) -> list[tuple[Setting, Strategy]]:
     """Each own setting with each strategy; the array's rows dealt over the strategies in turn, so
     that across models each (setting, strategy) pair is met.
     """
-    rows: list[tuple[Setting, object]] = [(s, t) for t in strategies for s in settings[:own]]
+    rows: list[tuple[Setting, Strategy]] = [(s, t) for t in strategies for s in settings[:own]]
     for index, setting in enumerate(settings[own:]):
         rows.append((setting, strategies[index % len(strategies)]))
     return rows

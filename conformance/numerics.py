@@ -195,8 +195,9 @@ def assert_same_dtype(
 ) -> None:
     """In low precision, no worse than eager code in that dtype, both against a float64 oracle.
 
-    Frobenius ≤ 1.5 × eager's + eps/4, max ≤ 2 × eager's + eps/4 (eps of `working`, by default
-    eager's dtype: a float32 loss of bfloat16 inputs works in bfloat16; all relative to the oracle). Recorded as `what`.frobenius, `what`.max and the eager ones beside them.
+    Frobenius ≤ 1.5 × eager's + eps/4, max ≤ 2 × eager's + eps/4, all relative to the oracle; eps of
+    `working`, by default eager's dtype (a float32 loss of bfloat16 inputs works in bfloat16).
+    Recorded as `what`.frobenius, `what`.max and the eager ones beside them.
     """
     mine, theirs = relative_error(got, oracle), relative_error(eager, oracle)
     floor = EPS_SHARE * torch.finfo(working or eager.dtype).eps

@@ -305,7 +305,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if case is None:
         return
     report = outcome.get_result()  # type: ignore[attr-defined]
-    properties = [("case_id", case.id)]
+    properties: list[tuple[str, object]] = [("case_id", case.id)]
     if call.excinfo is not None and not report.skipped:
         error = call.excinfo.value
         properties += [

@@ -29,6 +29,17 @@ def forget_models() -> None:
     _built.clear()
 
 
+@dataclass(frozen=True)
+class Unplanned:
+    """What an implementation without `plan` gets in a plan's place: the case itself."""
+
+    setting: Setting
+    strategy: str
+    options: Mapping[str, Any]
+    decisions: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
 @dataclass
 class Subject:
     """One implementation on one case; every model it hands out is fresh and undone at the end."""
@@ -53,6 +64,10 @@ class Subject:
         """The exception types by which the implementation declines loudly."""
         return self.loaded.refusals
 
+    def declines(self, *others: type[BaseException]) -> tuple[type[BaseException], ...]:
+        """The refusals and other exception types that count as a loud answer, for `except`."""
+        return (*others, *self.loaded.refusals)
+
     @property
     def model_spec(self) -> Model:
         """The case's model; only cases of `per_model` checks have one."""
@@ -76,6 +91,8 @@ class Subject:
     ) -> Any:
         """The implementation's plan for the case's model; `options` are passed on to it."""
         setting = (setting or self.case.setting).but(**changes)
+        if not self.claims("plan"):
+            return Unplanned(setting, self.case.strategy.name, dict(options or {}))
         config = checkpoint.build_config(self.model_spec)
         return self.impl.plan(config, setting, self.case.strategy.name, **dict(options or {}))
 
@@ -88,7 +105,7 @@ class Subject:
             if self.claims("build"):
                 model = self.impl.build(path, plan)
             else:
-                model = checkpoint.build_stock(spec, dtype=setting.dtype)
+                model = checkpoint.build_stock(spec, DTYPES[setting.dtype])
             model = model.to(self.device)
             if setting.tuning == "qlora":
                 return model
@@ -128,7 +145,7 @@ class Subject:
         self, dtype: str = "float64", attn: str = "eager", experts: str = "eager"
     ) -> nn.Module:
         """The installed class, unpatched, weights by name: the model of the oracles."""
-        model = checkpoint.build_stock(self.model_spec, dtype=dtype, attn=attn, experts=experts)
+        model = checkpoint.build_stock(self.model_spec, DTYPES[dtype], attn, experts)
         return model.to(self.device)
 
     def samples(self, kind: str | None = None, **options: Any) -> list[dict[str, Any]]:
@@ -140,8 +157,8 @@ class Subject:
         if self.claims("collate"):
             return dict(self.impl.collate(samples, plan))
         if self.case.setting.batch == "packed":
-            return batches.pack(samples)
-        return batches.stack(samples)
+            return batches.pack([dict(s) for s in samples])
+        return batches.stack([dict(s) for s in samples])
 
     def batch(
         self, kind: str | None = None, *, dtype: str | None = None, **options: Any

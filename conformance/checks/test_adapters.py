@@ -121,7 +121,7 @@ def test_trained_head_survives(case: Case, subject: Subject, tmp_path: Any) -> N
     model = subject.model(plan=plan)
     head = next(p for n, p in model.named_parameters() if "lm_head.modules_to_save" in n)
     with torch.no_grad():
-        head += 0.1
+        head.add_(0.1)
     batch = subject.batch()
     want = subject.eval_logits(model, batch)
     subject.impl.save(model, tmp_path / "adapter")
@@ -164,7 +164,7 @@ def expected_merges(
     factors: dict[str, torch.Tensor], weights: dict[str, torch.nn.Parameter]
 ) -> list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """(weight name, weight, A, B) of every adapted weight, matched by the module path and shape."""
-    found = []
+    found: list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]] = []
     for name, a in factors.items():
         if ".lora_A." not in name:
             continue
@@ -212,7 +212,7 @@ def test_dropout_on_expert_parameters_is_refused(case: Case, subject: Subject) -
     https://github.com/huggingface/peft/pull/2638
     """
     assert adapters(subject.model()), f"{case.id}: without dropout nothing was adapted"
-    declined = (ValueError, *subject.refusals)
+    declined = subject.declines(ValueError)
     with pytest.raises(declined, match="dropout"):
         subject.model(options={"lora_dropout": 0.1})
 

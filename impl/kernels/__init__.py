@@ -1,1 +1,1 @@
-"""Fused kernels of the reference implementation, each with a plain torch path of the same contract."""
+"""Fused kernels of the reference, each with a plain torch path of the same contract."""
