@@ -112,7 +112,8 @@ class Subject:
             if len(_built) > 64:
                 _built.clear()
             _built[key] = model
-        return copy.deepcopy(_built[key])
+        copied: nn.Module = copy.deepcopy(_built[key])
+        return copied
 
     def model(
         self,
