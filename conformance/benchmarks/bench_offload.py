@@ -42,7 +42,11 @@ def build(layers: int, width: int) -> nn.Module:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.manual_seed(0)
     # eager: the fused attention's backward is not deterministic, so bits could not be compared
-    return Gemma4ForCausalLM._from_config(config, attn_implementation="eager").to("cuda", torch.bfloat16).train()
+    return (
+        Gemma4ForCausalLM._from_config(config, attn_implementation="eager")
+        .to("cuda", torch.bfloat16)
+        .train()
+    )
 
 
 def step(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
