@@ -55,8 +55,14 @@ def default_wrap_classes(config: Any) -> list[str]:
     import torch
     import transformers
 
+    multimodal = hasattr(config, "vision_config")
+    auto: Any = (
+        transformers.AutoModelForImageTextToText
+        if multimodal
+        else transformers.AutoModelForCausalLM
+    )
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = auto.from_config(config)
     return sorted(getattr(model, "_no_split_modules", None) or ())
 
 
