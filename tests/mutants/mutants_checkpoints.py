@@ -95,7 +95,9 @@ def keys_of_another_class_are_passed_over(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutant(
-    "b108", case="C06/mixtral/lora/single", issue="https://github.com/vllm-project/vllm/issues/41384"
+    "b108",
+    case="C06/mixtral/lora/single",
+    issue="https://github.com/vllm-project/vllm/issues/41384",
 )
 def unknown_keys_are_dropped(patch: pytest.MonkeyPatch) -> None:
     """The adapter is there after loading, and is a fresh one."""
@@ -114,7 +116,9 @@ def expert_factors_are_turned_on_loading(patch: pytest.MonkeyPatch) -> None:
         def from_disk(adapted: Any, tensors: Any) -> Any:
             found = original(adapted, tensors)
             return {
-                name: value.flip(1).contiguous() if ".experts." in name and "lora_B" in name else value
+                name: value.flip(1).contiguous()
+                if ".experts." in name and "lora_B" in name
+                else value
                 for name, value in found.items()
             }
 

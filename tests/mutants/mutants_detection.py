@@ -43,7 +43,9 @@ def only_true_switches_offloading_on(patch: pytest.MonkeyPatch) -> None:
     around(patch, "impl.prepare:_offload", make)
 
 
-@mutant("generic-no-checkpointing", case="X07/mixtral/ckpt-nonreentrant/single", issue="bugs.md §13")
+@mutant(
+    "generic-no-checkpointing", case="X07/mixtral/ckpt-nonreentrant/single", issue="bugs.md §13"
+)
 def checkpointing_is_asked_for_and_not_applied(patch: pytest.MonkeyPatch) -> None:
     """Every layer runs once."""
     around(patch, "impl.prepare:_checkpointing", lambda original: lambda *args: None)
@@ -56,7 +58,9 @@ def checkpointing_is_asked_for_and_not_applied(patch: pytest.MonkeyPatch) -> Non
 )
 def reentrant_is_planned_as_asked(patch: pytest.MonkeyPatch) -> None:
     """Reentrant checkpointing is planned for layers that share keys and values."""
-    around(patch, "impl.plan_checkpointing:_why_not_reentrant", lambda original: lambda _: ("", None))
+    around(
+        patch, "impl.plan_checkpointing:_why_not_reentrant", lambda original: lambda _: ("", None)
+    )
 
 
 @mutant(

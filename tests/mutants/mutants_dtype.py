@@ -11,9 +11,7 @@ from tests.mutants import mutant
 from tests.mutants.mutants_forward import MIXTRAL, around
 
 
-@mutant(
-    "b160", case="D01/mixtral/-/single", issue="https://github.com/huggingface/trl/issues/3910"
-)
+@mutant("b160", case="D01/mixtral/-/single", issue="https://github.com/huggingface/trl/issues/3910")
 def the_file_decides_the_dtype(patch: pytest.MonkeyPatch) -> None:
     """The default dtype is "auto": a bfloat16 file gives a bfloat16 model."""
 
@@ -24,7 +22,9 @@ def the_file_decides_the_dtype(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutant(
-    "generic-cast", case="D02/mixtral/bf16/single", issue="https://github.com/huggingface/trl/issues/4770"
+    "generic-cast",
+    case="D02/mixtral/bf16/single",
+    issue="https://github.com/huggingface/trl/issues/4770",
 )
 def saving_leaves_the_model_in_float32(patch: pytest.MonkeyPatch) -> None:
     """The model is cast for the file, in place."""

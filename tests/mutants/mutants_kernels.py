@@ -65,9 +65,7 @@ def the_kernel_takes_another_activation(patch: pytest.MonkeyPatch) -> None:
     )
 
 
-@mutant(
-    "b082", case="K07/-/-/-", issue="https://github.com/axolotl-ai-cloud/axolotl/pull/3830"
-)
+@mutant("b082", case="K07/-/-/-", issue="https://github.com/axolotl-ai-cloud/axolotl/pull/3830")
 def a_sentinel_is_the_last_expert(patch: pytest.MonkeyPatch) -> None:
     """Slots that another rank serves run through the last local expert."""
 
@@ -87,9 +85,7 @@ def small_gradients_are_filtered(patch: pytest.MonkeyPatch) -> None:
     gradient_tile(patch, lambda x: torch.where(x.abs() < 2.0**-12, 0.0, x))
 
 
-@mutant(
-    "b159", case="K09/-/-/-", issue="https://github.com/axolotl-ai-cloud/axolotl/pull/3800"
-)
+@mutant("b159", case="K09/-/-/-", issue="https://github.com/axolotl-ai-cloud/axolotl/pull/3800")
 def a_saved_tensor_is_overwritten(patch: pytest.MonkeyPatch) -> None:
     """The backward writes into what the forward saved; a second one reads that."""
 
@@ -156,9 +152,7 @@ def every_token_has_the_same_upstream(patch: pytest.MonkeyPatch) -> None:
     around(patch, f"{HEAD}:_recompute", make)
 
 
-@mutant(
-    "b061", case="K14/-/-/-", issue="https://github.com/axolotl-ai-cloud/axolotl/pull/3033"
-)
+@mutant("b061", case="K14/-/-/-", issue="https://github.com/axolotl-ai-cloud/axolotl/pull/3033")
 def no_label_is_zero_over_zero(patch: pytest.MonkeyPatch) -> None:
     """Without a label the gradients are 0/0."""
 
@@ -180,9 +174,7 @@ def the_label_is_taken_off_in_bfloat16(patch: pytest.MonkeyPatch) -> None:
     gradient_tile(patch, lambda x: x.bfloat16().to(x.dtype))
 
 
-@mutant(
-    "b159", case="K16/-/-/-", issue="https://github.com/axolotl-ai-cloud/axolotl/pull/3800"
-)
+@mutant("b159", case="K16/-/-/-", issue="https://github.com/axolotl-ai-cloud/axolotl/pull/3800")
 def the_saved_gradient_is_scaled_in_place(patch: pytest.MonkeyPatch) -> None:
     """A second backward scales once more what the first has scaled."""
 

@@ -136,9 +136,13 @@ def the_last_modality_ids_stay(patch: pytest.MonkeyPatch) -> None:
     forward_with(patch, change)
 
 
-@mutant("b101", case="V12/gemma3-vlm/-/single", issue="https://docs.axolotl.ai/docs/multimodal.html")
+@mutant(
+    "b101", case="V12/gemma3-vlm/-/single", issue="https://docs.axolotl.ai/docs/multimodal.html"
+)
 def the_projector_is_forgotten(patch: pytest.MonkeyPatch) -> None:
     """Only the tower is frozen, not what connects it."""
     around(
-        patch, "impl.prepare:freeze", lambda original: lambda model, names: original(model, names[:1])
+        patch,
+        "impl.prepare:freeze",
+        lambda original: lambda model, names: original(model, names[:1]),
     )
