@@ -164,7 +164,7 @@ def a_norm_trains_beside_the_adapters(patch: pytest.MonkeyPatch) -> None:
     """A base weight is left trainable and moves with the adapters."""
 
     def thaw(model: Any) -> None:
-        name, parameter = next(p for p in model.named_parameters() if "layernorm" in p[0])
+        parameter = next(p for n, p in model.named_parameters() if "layernorm" in n)
         parameter.requires_grad_(True)
 
     after_attaching(patch, thaw)
