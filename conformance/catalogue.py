@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -51,11 +52,15 @@ def run_check(case: Case, loaded: Loaded, device: str = "cpu") -> dict[str, floa
     def decline(reason: str) -> None:
         raise Declined(reason)
 
-    with bound(loaded, case, device) as subject:
+    with (
+        tempfile.TemporaryDirectory(prefix="check-") as scratch,
+        bound(loaded, case, device) as subject,
+    ):
         offered: dict[str, Any] = {
             "case": case,
             "subject": subject,
             "measured": measured,
+            "tmp_path": Path(scratch),
             "unsupported": decline,
             "unavailable": decline,
         }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import pytest
 import torch
 
 from conformance.case import Case
@@ -212,9 +211,12 @@ def test_dropout_on_expert_parameters_is_refused(case: Case, subject: Subject) -
     https://github.com/huggingface/peft/pull/2638
     """
     assert adapters(subject.model()), f"{case.id}: without dropout nothing was adapted"
-    declined = subject.declines(ValueError)
-    with pytest.raises(declined, match="dropout"):
+    said = ""
+    try:
         subject.model(options={"lora_dropout": 0.1})
+    except subject.declines(ValueError) as error:
+        said = str(error)
+    assert "dropout" in said, f"{case.id}: dropout of 0.1 was accepted, or refused as {said!r}"
 
 
 @check("P09", needs=("prepare", "loss"), settings=(*BOTH, "lora+ckpt-nonreentrant"))

@@ -233,8 +233,13 @@ def test_head_second_backward(case: Case, subject: Subject, measured: Measured) 
     https://github.com/axolotl-ai-cloud/axolotl/pull/3800
     """
     problem = head_problem("peaked", case.setting.dtype, subject.device)
-    first = problem.run(subject.impl.linear_cross_entropy)
-    twice = problem.run(subject.impl.linear_cross_entropy, backwards=2)
+
+    def halved(*args: Any, **options: Any) -> Tensor:
+        # An upstream gradient of 1 would hide that a saved gradient was scaled where it lies.
+        loss: Tensor = 0.5 * subject.impl.linear_cross_entropy(*args, **options)
+        return loss
+
+    first, twice = problem.run(halved), problem.run(halved, backwards=2)
     assert first["hidden"].any(), f"{case.id}: the gradient is zero"
     for name, value in first.items():
         assert_equal(case.id, name, twice[name], value, measured)
