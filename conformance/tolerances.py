@@ -60,6 +60,17 @@ _ROWS = (
         "float32, 2 ranks, tp_ep; worst is qwen3_5_moe",
     ),
     Tolerance(
+        "gradients/context-parallel", 5e-5, 1.4e-5, "float32, 2 ranks; a vision tower's biases"
+    ),
+    Tolerance(
+        "gradients/context-parallel/linear-attention", 2e-4, 8.4e-5, "as data parallel; qwen3_5_moe"
+    ),
+    Tolerance("parameters/data-parallel", 1e-6, 2e-7, "one AdamW step in float64, lr 1e-3"),
+    Tolerance("parameters/tensor-parallel", 1e-6, 2e-7, "one AdamW step in float64, lr 1e-3"),
+    Tolerance("parameters/context-parallel", 1e-6, 2e-7, "one AdamW step in float64, lr 1e-3"),
+    Tolerance("loss/spread", 2e-6, 4e-7, "float32, shares of ranks added"),
+    Tolerance("gradients/reduced twice", 1e-5, 2e-6, "float32, two reductions for one"),
+    Tolerance(
         "logits/reloaded", 1e-6, 2e-7, "float32, the same weights loaded again, merged once or not"
     ),
     Tolerance("logits/merged", 1e-4, 2.6e-5, "float32, W + s·B·A folded; worst is gemma4-moe"),

@@ -188,5 +188,15 @@ def start_by_name(model: nn.Module) -> None:
         draw = torch.Generator().manual_seed(seed)
         bound = 1 / math.sqrt(parameter.shape[-1])
         values = torch.rand(parameter.shape, generator=draw, dtype=torch.float64)
+        values = ((2 * values - 1) * bound).to(parameter.device)
         with torch.no_grad():
-            parameter.copy_((2 * values - 1) * bound)
+            parameter.copy_(_spread_like(values, parameter))
+
+
+def _spread_like(values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """The values laid out as the parameter is: whole, or this rank's part of them."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(parameter, DTensor):
+        return values
+    return distribute_tensor(values, parameter.device_mesh, parameter.placements)

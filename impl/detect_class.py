@@ -159,6 +159,7 @@ def _facts(model: Any, auto_class: str, layers: int) -> ClassFacts:
         tied=head is not None and getattr(head, "weight", None) is _embedding_weight(model),
         accepts_loss_kwargs=getattr(model, "accepts_loss_kwargs", None),
         tp_plan=tuple(getattr(model, "_tp_plan", None) or ()),
+        rowwise=_rowwise(getattr(model, "_tp_plan", None) or {}),
         ep_plan=tuple(getattr(model, "_ep_plan", None) or getattr(model, "ep_plan", None) or ()),
         no_split=tuple(sorted(getattr(model, "_no_split_modules", None) or ())),
         attention=_attention(model),
@@ -171,6 +172,11 @@ def _facts(model: Any, auto_class: str, layers: int) -> ClassFacts:
         numel=sum(p.numel() for p in model.parameters()),
         layer_numel=max(numels),
     )
+
+
+def _rowwise(plan: Mapping[str, str]) -> tuple[str, ...]:
+    """Leaf names of the plan's modules that are sharded by their input."""
+    return tuple(sorted({k.rpartition(".")[2] for k, style in plan.items() if style == "rowwise"}))
 
 
 def find_layers(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .context_parallel import local_targets
 from .model_facts import text_config
 from .prepared import state_of
 
@@ -49,6 +50,7 @@ def loss_and_outputs(
     targets = shifted(inputs.pop("labels", None), inputs.pop("shift_labels", None))
     inputs.setdefault("use_cache", False)
     outputs = model(**inputs)
+    targets = local_targets(model, targets)  # context parallel: logits are this rank's slice
     total, count = summed(outputs.logits, targets, label_smoothing)
     extra = _auxiliary(model, outputs)
     if extra is not None:

@@ -13,6 +13,8 @@ from .traits import ExpertFacts, Traits
 
 # Rank of real models, and of those so narrow that it would exceed their projections.
 RANK, TINY_RANK, TINY_WIDTH = 16, 4, 256
+# Strategies whose weights are sharded before PEFT meets them.
+SHARDED = ("tp", "tp_ep", "fsdp2_ep")
 
 
 def decide_lora(draft: Draft) -> LoraPlan | None:
@@ -29,6 +31,7 @@ def decide_lora(draft: Draft) -> LoraPlan | None:
     kind = "qlora" if quantized else "lora"
     draft.decide("adapter", kind, f"the setting: {draft.setting.tuning}")
     modules, parameters, exclude = _targets(draft)
+    modules = _spread(draft, modules, parameters, exclude)
     r, alpha = _rank(draft)
     dropout = _dropout(draft, parameters)
     saved = tuple(draft.wish("lora_modules_to_save", ()))
@@ -108,6 +111,32 @@ def _targets(draft: Draft) -> tuple[str | None, tuple[str, ...], dict[str, str]]
     if traits.components and not towers:
         exclude["|".join(traits.components)] = "not the language model: no gradient on text"
     return regex, parameters, exclude
+
+
+def _spread(
+    draft: Draft, regex: str | None, parameters: tuple[str, ...], exclude: dict[str, str]
+) -> str | None:
+    """The regex without what PEFT cannot adapt once it is sharded; Refused for sharded experts."""
+    if draft.strategy not in SHARDED:
+        return regex
+    if parameters:
+        raise Refused(
+            f"{draft.strategy}: adapters on expert weights are not possible, since PEFT adds the"
+            " whole adapter to a rank's part of the experts; use ddp, fsdp2 or cp"
+        )
+    if draft.strategy == "fsdp2_ep" or regex is None or draft.traits.cls is None:
+        return regex
+    leaves = draft.traits.cls.rowwise
+    if not leaves:
+        return regex
+    why = "sharded by its input: PEFT would shard lora_A twice, a shape error in the first forward"
+    for leaf in leaves:
+        exclude[leaf] = why
+    names = "|".join(leaves)
+    regex = rf"(?!.*\b({names})$){regex}"
+    draft.warn(f"{draft.strategy}: no adapter on {', '.join(leaves)}, {why}")
+    draft.decide("lora_target_modules", regex, f"without {', '.join(leaves)}: {why}", "lora-names")
+    return regex
 
 
 def _towers(draft: Draft) -> bool:

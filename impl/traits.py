@@ -76,7 +76,8 @@ class ClassFacts:
     its module in the layer, delta_rule whether that is a gated delta rule, recurrent_heads its
     per-head decays. keyless: layers that have queries but no keys of their own. reads_type_ids: the
     inner model uses `token_type_ids`. lm_head: whether the head is a plain linear layer without
-    bias. accepts_loss_kwargs: the class attribute (None: unset). tp_plan, ep_plan: keys of the
+    bias. accepts_loss_kwargs: the class attribute (None: unset). rowwise: leaf names that the
+    tensor-parallel plan shards by their input. tp_plan, ep_plan: keys of the
     plans. numel: parameters; layer_numel: those of the largest decoder layer. complete: False when
     the class could not be instantiated and these facts come from its text part.
     """
@@ -95,6 +96,7 @@ class ClassFacts:
     tied: bool = False
     accepts_loss_kwargs: bool | None = None
     tp_plan: tuple[str, ...] = ()
+    rowwise: tuple[str, ...] = ()
     ep_plan: tuple[str, ...] = ()
     no_split: tuple[str, ...] = ()
     attention: tuple[str, ...] = ("eager",)

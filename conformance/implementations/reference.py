@@ -81,6 +81,14 @@ class Reference:
         """Spread a prepared model over the ranks."""
         return _part("parallel").parallelize(model, plan, mesh)
 
+    def clip_grad_norm(self, model: Any, max_norm: float) -> Any:
+        """Clip the gradients of a spread model; the norm before."""
+        return _part("parallel").clip_grad_norm(model, max_norm)
+
+    def no_sync(self, model: Any) -> Any:
+        """Backward passes inside accumulate locally."""
+        return _part("parallel").no_sync(model)
+
     def collate(self, samples: Sequence[Mapping[str, Any]], plan: Any) -> Any:
         """Samples to a batch."""
         return _part("collate").collate(samples, plan)

@@ -1,0 +1,161 @@
+"""Evidence shared by the parity checks: each (implementation, model, setting, strategy) runs once.
+
+A start of ranks costs more than what is measured in it, so F01, F02, F07, … read the same one. What
+was refused or failed is remembered too, and raised again for every check that asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from conformance import checkpoint, ranks, spread
+from conformance.numerics import assert_close_gradients, relative_error, worst
+from conformance.spread import Spread
+from conformance.subject import Subject
+from conformance.tolerances import Tolerance, tolerance
+
+Measured = dict[str, float]
+T = TypeVar("T")
+_kept: dict[tuple[Any, ...], Any] = {}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the ranks saw, by rank, and what one process sees of the same training."""
+
+    ranks: tuple[Spread, ...]
+    single: Spread
+
+    @property
+    def first(self) -> Spread:
+        """Rank 0's: the only one with tensors."""
+        return self.ranks[0]
+
+
+def forget() -> None:
+    """Drop all evidence (between implementations of one process)."""
+    _kept.clear()
+
+
+def evidence(subject: Subject) -> Evidence:
+    """The evidence of the subject's case; raises what its start raised, refusals unwrapped."""
+    case = subject.case
+    where = (subject.loaded.spec, case.model and case.model.name, case.setting, subject.device)
+
+    def spreading() -> tuple[Spread, ...]:
+        found = run(subject, spread.on_rank, checkpoint.checkpoint(subject.model_spec), options)
+        return tuple(found)
+
+    def single() -> Spread:
+        return spread.alone(subject, checkpoint.checkpoint(subject.model_spec), options)
+
+    options = oracle_options(subject)
+    many = _once((*where, case.strategy.name), spreading)
+    return Evidence(many, _once((*where, repr(options)), single))
+
+
+def oracle_options(subject: Subject) -> dict[str, Any]:
+    """What one process must be told to adapt the modules that the spread plan adapts."""
+    if subject.case.setting.tuning == "full":
+        return {}
+    targets = subject.plan().decisions["lora_target_modules"].value
+    return {"lora_targets": targets} if isinstance(targets, str) else {}
+
+
+def run(subject: Subject, fn: Callable[..., T], *args: Any, timeout: float = 60.0) -> list[T]:
+    """`fn(rank, spec, case, *args)` on the strategy's ranks; a rank's refusal is raised as one."""
+    case = subject.case
+    assert subject.loaded.spec, f"{case.id}: ranks cannot load {subject.name}: it has no spec"
+    subject.plan()  # a refusal costs no start
+    kind = "cuda" if subject.device.startswith("cuda") else "cpu"
+    try:
+        return ranks.run(
+            case.strategy.ranks, fn, subject.loaded.spec, case, *args, device=kind, timeout=timeout
+        )
+    except ranks.RankFailed as failed:
+        if isinstance(failed.error, subject.refusals):
+            raise failed.error from failed
+        raise
+
+
+def _once(key: tuple[Any, ...], make: Callable[[], T]) -> T:
+    """The value of a key, made once; an error is made once as well."""
+    if key not in _kept:
+        try:
+            _kept[key] = make()
+        except Exception as error:
+            _kept[key] = error
+    found = _kept[key]
+    if isinstance(found, Exception):
+        raise found
+    result: T = found
+    return result
+
+
+def row_of(subject: Subject, what: str = "gradients") -> Tolerance:
+    """The tolerance row of the case's strategy and family class."""
+    case = subject.case
+    kind = {"cp": "context-parallel", "tp": "tensor-parallel", "tp_ep": "tensor-parallel"}
+    row = kind.get(case.strategy.name, "data-parallel")
+    return tolerance(f"{what}/{row}", subject.model_spec.traits)
+
+
+def without_zeros(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients, those left out that are all zero where one process has none (FSDP1's flat ones)."""
+    return {name: g for name, g in got.items() if name in want or bool(g.any())}
+
+
+def assert_parity(
+    subject: Subject, got: Mapping[str, Tensor], want: Mapping[str, Tensor], row: Tolerance,
+    measured: Measured, what: str,
+) -> None:  # fmt: skip
+    """Every gradient is that of one process."""
+    kept = without_zeros(got, want)
+    assert_close_gradients(subject.case.id, kept, want, row, measured, what)
+
+
+def assert_number(
+    subject: Subject, got: float, want: float, row: Tolerance, measured: Measured, what: str
+) -> None:
+    """A number within tolerance; recorded as `what`."""
+    error = abs(got - want) / max(abs(want), 1e-12)
+    measured[what] = error
+    assert error <= row.limit, (
+        f"{subject.case.id}: {what} is {got:.9g}, one process has {want:.9g}: off by {error:.3g}, "
+        f"tolerance {row.limit:g} ({row.name}, noise {row.observed:g})"
+    )
+
+
+def assert_parameters(
+    subject: Subject, got: Mapping[str, Tensor], want: Mapping[str, Tensor], row: Tolerance,
+    measured: Measured,
+) -> None:  # fmt: skip
+    """Every parameter after the step is that of one process; the worst is recorded."""
+    assert want and set(got) == set(want), f"{subject.case.id}: {sorted(set(got) ^ set(want))[:3]}"
+    errors = {name: relative_error(got[name], p).frobenius for name, p in want.items()}
+    name, value = worst(errors)
+    measured["parameters"] = value
+    assert value <= row.limit, (
+        f"{subject.case.id}: after one float64 step {name} is off by {value:.3g}, tolerance "
+        f"{row.limit:g} ({row.name}, noise {row.observed:g})"
+    )
+
+
+def assert_step(subject: Subject, seen: Evidence, measured: Measured) -> None:
+    """Loss, every gradient, and every parameter after one float64 step are those of one process."""
+    first, single = seen.first, seen.single
+    assert single.loss and single.gradients, f"{subject.case.id}: one process trains nothing"
+    row = row_of(subject)
+    assert_number(subject, first.loss, single.loss, tolerance("loss/spread"), measured, "loss")
+    assert_parity(subject, first.gradients, single.gradients, row, measured, "gradients")
+    exact = row_of(subject, "parameters")
+    assert_parameters(subject, first.parameters, single.parameters, exact, measured)
+
+
+def same_on_all(values: Sequence[Any]) -> bool:
+    """Whether all ranks have one value."""
+    return all(value == values[0] for value in values)

@@ -1,0 +1,348 @@
+"""A training step on ranks, seen from outside: one start a (model, setting, strategy).
+
+Everything here reads models through torch alone (`full_tensor`, FSDP1's own summoning), so that an
+implementation's own gathering is judged and not trusted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from conformance.case import Case
+from conformance.implementation import load
+from conformance.observe import full
+from conformance.ranks import RankContext
+from conformance.settings import Setting
+from conformance.strategies import SINGLE
+from conformance.subject import Subject, bound
+from conformance.weights import canonical_name
+
+DATA_PARALLEL = ("ddp", "fsdp1", "fsdp2", "hsdp", "fsdp2_ep")
+SHARDED_BY_TENSOR = ("tp", "tp_ep")
+ROWS = 4
+STEPS = 2
+MAX_NORM = 0.1
+IGNORE = -100
+# AdamW of the parity step: an element whose gradient is the noise of float32 islands must not move
+# at full rate.
+RATE, EPSILON = 1e-3, 1e-6
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class Spread:
+    """What one rank (or the one process of the oracle) saw.
+
+    loss, gradients: of the first batch in the setting's dtype; `losses` are the returned shares.
+    norm: before clipping to MAX_NORM, as the clipping function says; clipped: the norm after.
+    once, twice: gradients of two batches, reduced at the end and after each. evaluated: the loss in
+    evaluation mode after STEPS of SGD, and `after` the parameters' digests then. gradient_bytes,
+    trained_bytes, storage_bytes, weight_bytes: of this rank. tied: groups of names that are one
+    weight. exact: loss, gradients and parameters of one AdamW step in float64. saved: the adapter's
+    factors before any step. experts: (here, in all) of each stacked expert weight.
+    """
+
+    loss: float = 0.0
+    gradients: Tensors = field(default_factory=dict)
+    norm: float = 0.0
+    clipped: float = 0.0
+    once: Tensors = field(default_factory=dict)
+    twice: Tensors = field(default_factory=dict)
+    evaluated: float = 0.0
+    after: dict[str, str] = field(default_factory=dict)
+    gradient_bytes: int = 0
+    trained_bytes: int = 0
+    weight_bytes: int = 0
+    storage_bytes: int = 0
+    tied: frozenset[frozenset[str]] = frozenset()
+    exact_loss: float = 0.0
+    exact: Tensors = field(default_factory=dict)
+    parameters: Tensors = field(default_factory=dict)
+    experts: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+def mesh_of(case: Case, device: str) -> Any:
+    """The device mesh of the case's strategy; None for one process."""
+    shape = case.strategy.mesh
+    if not shape:
+        return None
+    kind = device.partition(":")[0]
+    return init_device_mesh(
+        kind, tuple(size for _, size in shape), mesh_dim_names=tuple(name for name, _ in shape)
+    )
+
+
+@dataclass
+class Job:
+    """A case inside a rank, or in one process: its models, batches and divisor."""
+
+    subject: Subject
+    path: Path
+    rank: int = 0
+    ranks: int = 1
+    mesh: Any = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def strategy(self) -> str:
+        """The strategy's name."""
+        return self.subject.case.strategy.name
+
+    @property
+    def averaged(self) -> int:
+        """Over how many ranks gradients are averaged."""
+        return 1 if self.strategy in (*SHARDED_BY_TENSOR, "single") else self.ranks
+
+    def model(self, setting: Setting) -> nn.Module:
+        """Built, prepared and spread, adapters filled by name."""
+        subject = self.subject
+        plan = subject.plan(setting, options=self.options)
+        built = subject.impl.build(self.path, plan, self.mesh).to(subject.device)
+        model = subject.adopt(built, plan, setting.tuning != "full")
+        if self.mesh is None:
+            return model
+        spread: nn.Module = subject.impl.parallelize(model, plan, self.mesh)
+        return spread
+
+    def samples(self, seed: int = 0, kind: str | None = None) -> list[Any]:
+        """The rows of all ranks."""
+        return self.subject.samples(kind, seed=seed, count=ROWS)
+
+    def share(self, samples: Sequence[Any]) -> list[Any]:
+        """This rank's rows: whole samples, images with them."""
+        if self.strategy not in DATA_PARALLEL:
+            return list(samples)
+        size = len(samples) // self.ranks
+        return list(samples[self.rank * size : (self.rank + 1) * size])
+
+    def batch(self, samples: Sequence[Any], setting: Setting) -> dict[str, Any]:
+        """This rank's batch, collated from its own rows."""
+        plan = self.subject.plan(setting, options=self.options)
+        return self.subject.to(self.subject.collate(self.share(samples), plan), setting.dtype)
+
+    def items(self, samples: Sequence[Any]) -> float:
+        """What each rank divides its summed loss by: labelled tokens over the ranks averaged."""
+        return sum(int((s["labels"][1:] != IGNORE).sum()) for s in samples) / self.averaged
+
+    def backward(self, model: nn.Module, batch: dict[str, Any], items: float) -> float:
+        """One backward; the loss over all ranks."""
+        loss = self.subject.loss(model, batch, items)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return self.mean(loss.detach())
+
+    def mean(self, loss: Tensor) -> float:
+        """The mean of a number over the ranks."""
+        value = full(loss).double()
+        if self.mesh is not None:
+            dist.all_reduce(value)
+            value /= self.ranks
+        return float(value)
+
+
+@contextlib.contextmanager
+def summoned(model: nn.Module, gradients: bool = False) -> Iterator[None]:
+    """FSDP1's parameters whole for the length of a block."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if not isinstance(model, FullyShardedDataParallel):
+        yield
+        return
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False, with_grads=gradients):
+        yield
+
+
+def gradients_of(model: nn.Module) -> Tensors:
+    """Every gradient, whole, by canonical name; all ranks call it."""
+    with summoned(model, gradients=True):
+        return {
+            canonical_name(name): full(p.grad)
+            for name, p in model.named_parameters()
+            if p.grad is not None and p.requires_grad
+        }
+
+
+def parameters_of(model: nn.Module, trainable: bool = False) -> Tensors:
+    """Every parameter, whole, by canonical name; all ranks call it."""
+    with summoned(model):
+        return {
+            canonical_name(name): full(p)
+            for name, p in model.named_parameters()
+            if p.requires_grad or not trainable
+        }
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part."""
+    part: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
+    found: Tensor = part
+    return found
+
+
+def size(tensors: Sequence[Tensor]) -> int:
+    """Bytes of the elements."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def storage(tensors: Sequence[Tensor]) -> int:
+    """Bytes of the storages behind the tensors, each once."""
+    kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(kept.values())
+
+
+def digest(tensor: Tensor) -> str:
+    """A fingerprint of the exact values."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:16]
+
+
+def tied_groups(model: nn.Module) -> frozenset[frozenset[str]]:
+    """Groups of names that are one parameter."""
+    groups: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), set()).add(canonical_name(name))
+    return frozenset(frozenset(names) for names in groups.values() if len(names) > 1)
+
+
+def clip(subject: Subject, model: nn.Module, limit: float) -> float:
+    """The norm before clipping: by the implementation's own function, or by torch's."""
+    own = getattr(subject.impl, "clip_grad_norm", None) or getattr(model, "clip_grad_norm_", None)
+    if own is None:
+        norm: Any = nn.utils.clip_grad_norm_(model.parameters(), limit)
+    elif hasattr(subject.impl, "clip_grad_norm"):
+        norm = own(model, limit)
+    else:
+        norm = own(limit)
+    return float(full(norm))
+
+
+@contextlib.contextmanager
+def no_sync(subject: Subject, model: nn.Module) -> Iterator[None]:
+    """Backward passes that reduce nothing: by the implementation, or as torch spells it."""
+    own = getattr(subject.impl, "no_sync", None)
+    if own is not None:
+        with own(model):
+            yield
+    elif hasattr(model, "no_sync"):
+        with model.no_sync():
+            yield
+    elif hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+    else:
+        yield
+
+
+def norm_of(gradients: Tensors) -> float:
+    """The Euclidean norm of all gradients together."""
+    return float(torch.stack([g.double().norm() for g in gradients.values()]).norm())
+
+
+def observe_step(job: Job, seen: Spread) -> nn.Module:
+    """The step in the setting's dtype: loss, gradients, bytes, clipping."""
+    setting = job.subject.case.setting
+    model = job.model(setting)
+    seen.tied = tied_groups(model)
+    samples = job.samples()
+    seen.loss = job.backward(model, job.batch(samples, setting), job.items(samples))
+    seen.gradients = gradients_of(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    parts = [local(p.grad) for p in trained if p.grad is not None]
+    seen.gradient_bytes, seen.trained_bytes = size(parts), size([local(p) for p in trained])
+    weights = [local(p) for p in model.parameters()]
+    seen.weight_bytes, seen.storage_bytes = size(weights), storage(weights)
+    seen.experts = {
+        canonical_name(name): (local(p).shape[0], p.shape[0])
+        for name, p in model.named_parameters()
+        if p.dim() == 3 and "experts" in name and "lora_" not in name
+    }
+    seen.norm = clip(job.subject, model, MAX_NORM)
+    seen.clipped = norm_of(gradients_of(model))
+    return model
+
+
+def observe_accumulation(job: Job, model: nn.Module, seen: Spread) -> None:
+    """Two batches, reduced once and twice."""
+    setting = job.subject.case.setting
+    parts = [job.samples(seed) for seed in (0, 1)]
+    items = sum(job.items(part) for part in parts)
+    first, second = (job.batch(part, setting) for part in parts)
+    for once in (True, False):
+        model.zero_grad(set_to_none=True)
+        with no_sync(job.subject, model) if once else contextlib.nullcontext():
+            job.backward(model, first, items)
+        job.backward(model, second, items)
+        if once:
+            seen.once = gradients_of(model)
+        else:
+            seen.twice = gradients_of(model)
+
+
+def observe_training(job: Job, model: nn.Module, seen: Spread) -> None:
+    """A few steps of SGD, then the loss in evaluation mode and what every rank holds."""
+    setting, samples = job.subject.case.setting, job.samples()
+    batch, items = job.batch(samples, setting), job.items(samples)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(STEPS):
+        optimizer.zero_grad(set_to_none=True)
+        job.backward(model, batch, items)
+        optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        seen.evaluated = job.mean(job.subject.loss(model, batch, items).detach())
+    model.train()
+    seen.after = {name: digest(p) for name, p in parameters_of(model).items()}
+
+
+def observe_exact(job: Job, seen: Spread) -> None:
+    """Loss, gradients, and every trained parameter after one AdamW step, in float64."""
+    setting = job.subject.case.setting.but(dtype="float64")
+    model, samples = job.model(setting), job.samples()
+    seen.exact_loss = job.backward(model, job.batch(samples, setting), job.items(samples))
+    seen.exact = gradients_of(model)
+    torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=RATE, eps=EPSILON
+    ).step()
+    seen.parameters = parameters_of(model, trainable=True)
+
+
+def observe(job: Job) -> Spread:
+    """Everything that the parity checks read."""
+    seen = Spread()
+    model = observe_step(job, seen)
+    observe_accumulation(job, model, seen)
+    observe_training(job, model, seen)
+    observe_exact(job, seen)
+    return seen
+
+
+def on_rank(
+    context: RankContext, spec: str, case: Case, path: Path, options: Mapping[str, Any]
+) -> Spread:
+    """What `ranks.run` calls; the tensors travel from rank 0 only, the others send digests."""
+    with bound(load(spec), case, context.device) as subject:
+        mesh = mesh_of(case, context.device)
+        job = Job(subject, path, context.rank, context.world_size, mesh, options)
+        seen = observe(job)
+    if context.rank:
+        for name in ("gradients", "once", "twice", "exact", "parameters"):
+            setattr(seen, name, {})
+    return seen
+
+
+def alone(subject: Subject, path: Path, options: Mapping[str, Any]) -> Spread:
+    """The same in one process: the oracle."""
+    case = replace(subject.case, strategy=SINGLE)
+    with bound(subject.loaded, case, subject.device) as one:
+        return observe(Job(one, path, options=options))
