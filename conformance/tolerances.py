@@ -73,6 +73,12 @@ _ROWS = (
     Tolerance(
         "logits/reloaded", 1e-6, 2e-7, "float32, the same weights loaded again, merged once or not"
     ),
+    Tolerance(
+        "logits/golden", 1e-6, 2e-7, "float32, written under transformers 5.5 to 5.23, peft 0.18 on"
+    ),
+    Tolerance(
+        "parameters/golden", 1e-6, 2e-7, "float32 LoRA factors, two AdamW steps after a kept state"
+    ),
     Tolerance("logits/merged", 1e-4, 2.6e-5, "float32, W + s·B·A folded; worst is gemma4-moe"),
     Tolerance("logits/reordered", 2e-5, 6e-6, "float32, rows of a batch in another order"),
     Tolerance("weights/merged", 1e-6, 2e-7, "float32, W + s·B·A by einsum against PEFT's"),
