@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -22,11 +22,22 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float6
 
 # Built models by (implementation, model, setting, overrides): a copy costs a tenth of a load.
 _built: dict[tuple[Any, ...], nn.Module] = {}
+_remembered: dict[tuple[Any, ...], Any] = {}
+T = TypeVar("T")
 
 
 def forget_models() -> None:
     """Drop the built models, so that the next case loads its own."""
     _built.clear()
+    _remembered.clear()
+
+
+def remember(key: tuple[Any, ...], make: Callable[[], T]) -> T:
+    """What `make` gave for this key the first time: evidence that several cases compare with."""
+    if key not in _remembered:
+        _remembered[key] = make()
+    found: T = _remembered[key]
+    return found
 
 
 @dataclass(frozen=True)

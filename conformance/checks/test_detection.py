@@ -14,7 +14,7 @@ from conformance.check import check
 from conformance.fidelity import differences, fixture_faults, published_config
 from conformance.lora import adapters, decoder_projections
 from conformance.numerics import assert_close_step
-from conformance.subject import Subject
+from conformance.subject import Subject, remember
 from conformance.tolerances import tolerance
 
 Measured = dict[str, float]
@@ -139,7 +139,11 @@ def test_requested_features_take_effect(case: Case, subject: Subject, measured: 
     """
     model = subject.model()
     seen = watch(model, subject)
-    plain = watch(subject.model(offload="off", checkpointing="off", kernels="off"), subject)
+    bare = case.setting.but(checkpointing="off", offload="off", kernels="off")
+    plain = remember(
+        ("X07", subject.name, subject.model_spec.name, bare, subject.device),
+        lambda: watch(subject.model(bare), subject),
+    )
     measured.update(seen)
     setting = case.setting
     assert bool(adapters(model)) == (setting.tuning != "full"), f"{case.id}: adapters"
@@ -197,7 +201,11 @@ def test_setting_keeps_the_gradients(case: Case, subject: Subject, measured: Mea
     The covering array over settings; each pair of them was once a defect of its own (bugs.md)
     """
     batch = subject.batch()
-    plain = subject.step(subject.model(checkpointing="off", offload="off", kernels="off"), batch)
+    setting = case.setting.but(checkpointing="off", offload="off", kernels="off")
+    plain = remember(
+        ("N01", subject.name, subject.model_spec.name, setting, subject.device),
+        lambda: subject.step(subject.model(setting), batch),
+    )
     got = subject.step(subject.model(), batch)
     assert any(g.any() for g in plain.gradients.values()), f"{case.id}: the oracle has no gradient"
     limit = tolerance("gradients/settings", subject.model_spec.traits)

@@ -165,6 +165,4 @@ def test_every_layout_of_keys_loads(case: Case, subject: Subject, measured: Meas
         assert not lost, f"{case.id}: {golden.folder.name}: {lost[:1]}"
         got, want = logits_of(subject, model, golden), golden.expected["logits"]
         assert want.std() > 0, f"{case.id}: {golden.folder.name}: constant logits"
-        assert_close(
-            case.id, golden.folder.name, got, want, tolerance("logits/golden"), measured
-        )
+        assert_close(case.id, golden.folder.name, got, want, tolerance("logits/golden"), measured)
