@@ -1,0 +1,123 @@
+"""Collects what became of each case, and writes the report where the run ends."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from conformance.plugin import Run
+    from conformance.report import Report
+
+
+class Recorder:
+    """Collects rows where the reports arrive: the only process, or xdist's controller."""
+
+    def __init__(self, config: pytest.Config, run: pytest.StashKey[Run]) -> None:
+        self.config = config
+        self.run = run
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.stale: str | None = None
+        from conformance.report import now
+
+        self.started = now()
+        self.clock = time.monotonic()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Fold one phase of a case into its row."""
+        properties = dict(report.user_properties)
+        case_id = properties.get("case_id")
+        if not isinstance(case_id, str):
+            return
+        row = self.rows.setdefault(case_id, {"case_id": case_id, "duration": 0.0})
+        row["duration"] += report.duration
+        row["measured"] = properties.get("measured", row.get("measured", {}))
+        verdict = _verdict(report, properties)
+        if verdict and row.get("verdict") not in ("failed", "error", "timeout", "xpassed"):
+            row["verdict"] = verdict
+            row["reason"] = properties.get("reason") or _skip_reason(report)
+            for name in ("expected", "issue", "message", "where"):
+                row[name] = properties.get(name, "")
+            row["repeat"] = next((t for n, t in report.sections if n == "repeat with"), "")
+
+    def report(self, status: int) -> Report:
+        """The run's record so far."""
+        from conformance.report import Report, Row, hardware, versions
+
+        run = self.config.stash.get(self.run, None)
+        device = self.config.getoption("device")
+        selection = " ".join(
+            f"-{flag} {text!r}"
+            for flag, name in (("m", "markexpr"), ("k", "keyword"))
+            if (text := self.config.getoption(name, ""))
+        )
+        return Report(
+            implementation=run.loaded.name if run else self.config.getoption("impl"),
+            rows=tuple(Row(**row) for row in self.rows.values()),
+            versions=versions(),
+            hardware=hardware(device, _device_name(device)),
+            matrix=self.config.getoption("matrix"),
+            started=self.started,
+            selection=selection,
+            wall_s=time.monotonic() - self.clock,
+            exit=status,
+            checks=run.checks if run else {},
+        )
+
+    def pytest_testnodedown(self, node: Any) -> None:
+        """A worker's stale expectations are the run's."""
+        output = getattr(node, "workeroutput", None) or {}
+        self.stale = self.stale or output.get("conformance_stale")
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Write the report; a stale expectation makes the run fail."""
+        if self.stale:
+            session.exitstatus = pytest.ExitCode.USAGE_ERROR
+        path = self.config.getoption("report")
+        if path and self.rows:
+            from conformance.report import write
+
+            write(self.report(int(session.exitstatus)), Path(path))
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """The short matrix, and what was stale."""
+        if self.stale:
+            terminalreporter.write_line(f"ERROR: {self.stale}", red=True)
+        if self.rows:
+            from conformance.terminal import matrix_lines
+
+            terminalreporter.section("conformance")
+            for line in matrix_lines(self.report(0)):
+                terminalreporter.write_line(line)
+
+
+def _device_name(device: str) -> str:
+    if device == "cpu":
+        return ""
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
+
+
+def _verdict(report: pytest.TestReport, properties: dict[str, Any]) -> str | None:
+    if report.skipped:
+        if hasattr(report, "wasxfail"):
+            return "xfailed"
+        return str(properties.get("verdict", "unavailable"))
+    if report.passed:
+        return "passed" if report.when == "call" else None
+    if str(report.longrepr).startswith("[XPASS(strict)]"):
+        return "xpassed"
+    if properties.get("exception") == "RanksTimeout":
+        return "timeout"
+    return "failed" if properties.get("assertion") and report.when == "call" else "error"
+
+
+def _skip_reason(report: pytest.TestReport) -> str:
+    if report.skipped and isinstance(report.longrepr, tuple):
+        text = str(report.longrepr[2]).removeprefix("Skipped: ")
+        return text.partition(": ")[2] or text
+    return ""
