@@ -81,7 +81,11 @@ _MASKS = (
     ),
     *_until(
         "5.9",
-        ("[AM]0[47]/gemma4-e[24]b/*/single", "[AM]0[47]/gemma3n/-/single"),
+        tuple(
+            f"{check}/{model}/*/single"
+            for check in ("A07", "M0[47]")
+            for model in ("gemma4-e[24]b", "gemma3n")
+        ),
         "shared keys and values lived in the cache: without one, consumers computed their own",
         f"{_TRANSFORMERS}/45242",
     ),
