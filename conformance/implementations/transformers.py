@@ -204,6 +204,14 @@ class StockTransformers:
         """Spread through accelerate, as its users do."""
         return spread.parallelize(model, plan, mesh)
 
+    def clip_grad_norm(self, model: Any, max_norm: float) -> Any:
+        """By accelerate, of a spread model; the norm before."""
+        return spread.clip_grad_norm(model, max_norm)
+
+    def no_sync(self, model: Any) -> Any:
+        """accelerate's context: backward passes inside accumulate locally."""
+        return spread.no_sync(model)
+
     def collate(self, samples: Sequence[Mapping[str, Any]], plan: StockPlan) -> dict[str, Any]:
         """The documented collators: flattening for packed rows, padding otherwise."""
         from conformance import batches

@@ -8,6 +8,7 @@ sharding code (wrap policy, upcasts, state dicts) is what runs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import weakref
@@ -145,6 +146,26 @@ def _hybrid(mesh: Any) -> Any:
 
     replicas, shards = mesh.shape
     return ParallelismConfig(dp_replicate_size=replicas, dp_shard_size=shards)
+
+
+def clip_grad_norm(model: Any, max_norm: float) -> Any:
+    """`Accelerator.clip_grad_norm_`, as Trainer calls it; torch's own for a model sharded while
+    loading."""
+    import torch
+
+    accelerator = _accelerators.get(model)
+    if accelerator is None:
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return accelerator.clip_grad_norm_(model.parameters(), max_norm)
+
+
+def no_sync(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """`Accelerator.no_sync`."""
+    accelerator = _accelerators.get(model)
+    found: contextlib.AbstractContextManager[Any] = (
+        contextlib.nullcontext() if accelerator is None else accelerator.no_sync(model)
+    )
+    return found
 
 
 def save(model: Any, path: Path) -> None:
