@@ -223,7 +223,7 @@ def test_images_follow_their_placeholders(case: Case, subject: Subject, measured
     An invariant kept without a thread: features are matched to placeholders by order alone.
     """
     model = subject.model()
-    samples = subject.samples("images", count=3)
+    samples = subject.samples("images", count=4)  # of three, a shift by one image would do
     plan = subject.plan()
     dtype = case.setting.dtype
     forward = subject.eval_logits(model, subject.to(subject.collate(samples, plan), dtype))

@@ -10,6 +10,7 @@ import torch
 
 from tests.mutants import mutant
 from tests.mutants.mutants_forward import around
+from tests.mutants.mutants_golden import order_changed
 
 
 @mutant(
@@ -112,19 +113,7 @@ def unknown_keys_are_dropped(patch: pytest.MonkeyPatch) -> None:
 def expert_factors_are_turned_on_loading(patch: pytest.MonkeyPatch) -> None:
     """lora_B of expert weights is read in the order of another layout."""
 
-    def make(original: Any) -> Any:
-        def from_disk(adapted: Any, tensors: Any) -> Any:
-            found = original(adapted, tensors)
-            return {
-                name: value.flip(1).contiguous()
-                if ".experts." in name and "lora_B" in name
-                else value
-                for name, value in found.items()
-            }
-
-        return from_disk
-
-    around(patch, "impl.checkpoints:from_disk", make)
+    order_changed(patch)
 
 
 @mutant(
