@@ -100,6 +100,8 @@ def row_of(subject: Subject, what: str = "gradients") -> Tolerance:
     """The tolerance row of the case's strategy and family class."""
     case = subject.case
     kind = {"cp": "context-parallel", "tp": "tensor-parallel", "tp_ep": "tensor-parallel"}
+    if what == "gradients":
+        kind["hsdp"] = "hybrid"
     row = kind.get(case.strategy.name, "data-parallel")
     return tolerance(f"{what}/{row}", subject.model_spec.traits)
 

@@ -293,7 +293,7 @@ def observe_training(job: Job, model: nn.Module, seen: Spread) -> None:
     """A few steps of SGD, then the loss in evaluation mode and what every rank holds."""
     setting, samples = job.subject.case.setting, job.samples()
     batch, items = job.batch(samples, setting), job.items(samples)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(STEPS):
         optimizer.zero_grad(set_to_none=True)
         job.backward(model, batch, items)

@@ -65,10 +65,29 @@ _ROWS = (
     Tolerance(
         "gradients/context-parallel/linear-attention", 2e-4, 8.4e-5, "as data parallel; qwen3_5_moe"
     ),
-    Tolerance("parameters/data-parallel", 1e-6, 2e-7, "one AdamW step in float64, lr 1e-3"),
-    Tolerance("parameters/tensor-parallel", 1e-6, 2e-7, "one AdamW step in float64, lr 1e-3"),
-    Tolerance("parameters/context-parallel", 1e-6, 2e-7, "one AdamW step in float64, lr 1e-3"),
-    Tolerance("loss/spread", 2e-6, 4e-7, "float32, shares of ranks added"),
+    Tolerance(
+        "gradients/hybrid", 2e-5, 6.3e-6, "float32, batch split over 4 ranks; worst is gemma4-moe"
+    ),
+    Tolerance(
+        "gradients/hybrid/linear-attention", 2e-4, 8.4e-5, "as data parallel; qwen3_5_moe"
+    ),
+    Tolerance(
+        "parameters/data-parallel", 1e-6, 3.1e-7, "one AdamW step in float64, lr 1e-3; gemma4-moe"
+    ),
+    Tolerance(
+        "parameters/tensor-parallel", 1e-6, 1.5e-7, "one AdamW step in float64, lr 1e-3; gemma4"
+    ),
+    Tolerance(
+        "parameters/context-parallel", 1e-6, 4.2e-7, "one AdamW step in float64; gemma4-text"
+    ),
+    Tolerance(
+        "parameters/context-parallel/linear-attention",
+        3e-6,
+        9.9e-7,
+        "as above, qwen3_5_moe: torch's chunked delta rule computes in float32 whatever it is given"
+        " and its whole rows come from another rank here",
+    ),
+    Tolerance("loss/spread", 1e-6, 2e-7, "float32, shares of ranks added; worst is qwen3_5 tp"),
     Tolerance("gradients/reduced twice", 1e-5, 2e-6, "float32, two reductions for one"),
     Tolerance(
         "logits/reloaded", 1e-6, 2e-7, "float32, the same weights loaded again, merged once or not"

@@ -179,16 +179,16 @@ def fsdp2(model: nn.Module, plan: ParallelPlan, mesh: Any) -> nn.Module:
         cast = plan.cast_forward_inputs and (keeps_mutable_arguments() or not _shares_kv(model))
         policy = MixedPrecisionPolicy(plan.dtype, plan.reduce_dtype)
         unit_policy = MixedPrecisionPolicy(plan.dtype, plan.reduce_dtype, cast_forward_inputs=cast)
-    tied = _tied(model)
+    tied = tied_groups(model)
     for _, module in wrapped_modules(model, plan.wrap_classes):
         fully_shard(module, mesh=mesh, mp_policy=unit_policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    if _tied(model) != tied:
+    if tied_groups(model) != tied:
         raise Refused("fsdp2: sharding has untied weights that were tied (accelerate#3870)")
     return model
 
 
-def _tied(model: nn.Module) -> frozenset[frozenset[str]]:
+def tied_groups(model: nn.Module) -> frozenset[frozenset[str]]:
     """The groups of names that are one parameter."""
     groups: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
