@@ -1,0 +1,165 @@
+"""Picture captioning, end to end: a tiny model learns colour and count of drawn shapes.
+
+Pictures are drawn with Pillow at the tiny models' own sizes: a grid of cells, of which one to four
+hold a disc or a square of one colour. A caption is two words and a stop token; only they are
+labelled. Pictures of training and of testing share no (colour, cells) combination.
+
+    python -m conformance.captioning --model gemma4-moe --plot curve.svg
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+
+from conformance.batches import IGNORE, Sample
+from conformance.case import ImageInputs, Model
+
+CELL = 4  # pixels
+COLOURS = {
+    "red": (220, 35, 35),
+    "green": (35, 200, 40),
+    "blue": (40, 60, 220),
+    "yellow": (220, 215, 35),
+    "white": (235, 235, 235),
+    "black": (20, 20, 20),
+}
+SHADE = 10
+BACKGROUND = (128, 128, 128)
+MOST = 3
+# token ids, all of them text for every tiny model
+PROMPT = (20, 21)
+FIRST_COLOUR, FIRST_COUNT, STOP = 30, 40, 1
+UNSEEN = 64
+LEARNERS = ("gemma4-moe", "gemma4-dense", "gemma3-vlm", "qwen3_5")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is in a picture: one colour, and the cells (row by row) that hold a shape."""
+
+    colour: str
+    cells: tuple[int, ...]
+
+    @property
+    def caption(self) -> tuple[int, int, int]:
+        """Token ids of colour, count and stop."""
+        place = list(COLOURS).index(self.colour)
+        return FIRST_COLOUR + place, FIRST_COUNT + len(self.cells), STOP
+
+
+@dataclass(frozen=True)
+class Task:
+    """Samples to train on, and unseen pictures to be asked about, for one model."""
+
+    train: list[Sample]
+    unseen: list[Sample]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A tiny model's picture: side and patch in pixels, and how many tokens it becomes."""
+
+    side: int
+    patch: int
+    tokens: int
+
+    @property
+    def cells(self) -> int:
+        """Cells in a row, and rows of them."""
+        return self.side // CELL
+
+
+def layout(model: Model) -> Layout:
+    """The picture that fits a tiny model: its (3, H, W) input, else 8 by 8 patches.
+
+    Raises ValueError for a model that is none of `LEARNERS`.
+    """
+    if model.name not in LEARNERS or model.images is None:
+        raise ValueError(f"captioning: model {model.name!r} is none of {', '.join(LEARNERS)}")
+    vision = model.tiny["vision_config"]
+    patch = int(vision["patch_size"])
+    if len(model.images.pixel_values) == 3:
+        return Layout(model.images.pixel_values[1], patch, model.images.tokens_per_image)
+    merged = int(vision.get("pooling_kernel_size") or vision["spatial_merge_size"])
+    return Layout(8 * patch, patch, (8 // merged) ** 2)
+
+
+def draw(picture: Picture, where: Layout, rng: random.Random) -> Image.Image:
+    """The picture as RGB; each shape is a disc or a square, at random, of nearly the colour."""
+    image = Image.new("RGB", (where.side, where.side), BACKGROUND)
+    pen = ImageDraw.Draw(image)
+    for cell in picture.cells:
+        row, column = divmod(cell, where.cells)
+        x, y = column * CELL, row * CELL
+        box = (x, y, x + CELL - 1, y + CELL - 1)
+        red, green, blue = (level + rng.randint(-SHADE, SHADE) for level in COLOURS[picture.colour])
+        shape = rng.choice((pen.ellipse, pen.rectangle))
+        shape(box, fill=(red, green, blue))
+    return image
+
+
+def features(image: Image.Image, model: Model) -> Sample:
+    """`pixel_values` of one picture, with what goes with them, as the family's processor lays it.
+
+    (3, H, W) normalised to ±1; or patches (P, 3·p²) in [0, 1], row by row with their positions;
+    or patches (P, 3·2·p²) in blocks of merged patches, each frame twice, with grid.
+    """
+    spec = model.images
+    assert spec is not None
+    p = layout(model).patch
+    raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float() / 255
+    pixels = raw.reshape(image.height, image.width, 3)
+    if len(spec.pixel_values) == 3:
+        return {"pixel_values": (pixels.permute(2, 0, 1) * 2 - 1)[None]}
+    n = image.height // p
+    if "image_grid_thw" in spec.extra:
+        merge = model.tiny["vision_config"]["spatial_merge_size"]
+        blocks = (pixels * 2 - 1).reshape(n // merge, merge, p, n // merge, merge, p, 3)
+        patches = blocks.permute(0, 3, 1, 4, 6, 2, 5).reshape(n * n, 3, 1, p * p)
+        patches = patches.expand(-1, -1, 2, -1).reshape(n * n, -1)
+        return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, n, n]])}
+    patches = pixels.reshape(n, p, n, p, 3).permute(0, 2, 1, 3, 4).reshape(1, n * n, -1)
+    y, x = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
+    return {"pixel_values": patches, "image_position_ids": torch.stack([x, y], -1).reshape(1, -1, 2)}
+
+
+def sample(picture: Picture, model: Model, rng: random.Random) -> Sample:
+    """Image block, prompt and caption; labels on the caption alone."""
+    spec = model.images
+    assert spec is not None and spec.begin_id is not None and spec.end_id is not None
+    block = [spec.begin_id, *[spec.token_id] * layout(model).tokens, spec.end_id]
+    ids = torch.tensor([2, *block, *PROMPT, *picture.caption])
+    labels = ids.clone()
+    labels[: -len(picture.caption)] = IGNORE
+    found: Sample = {"input_ids": ids, "labels": labels}
+    if spec.type_ids:
+        found[spec.type_ids] = (ids == spec.token_id).long()
+    return found | features(draw(picture, layout(model), rng), model)
+
+
+def task(model: Model, count: int = 256, seed: int = 0) -> Task:
+    """`count` training samples and 64 unseen ones, no picture in both; colours and counts even."""
+    rng = random.Random(seed)
+    cells = range(layout(model).cells ** 2)
+    groups: dict[tuple[str, int], list[Picture]] = {}
+    for colour in COLOURS:
+        for n in range(1, MOST + 1):
+            every = [Picture(colour, c) for c in combinations(cells, n)]
+            rng.shuffle(every)
+            groups[colour, n] = every
+    keys = list(groups)
+    unseen = [groups[keys[i % len(keys)]].pop() for i in range(UNSEEN)]
+    train = [rng.choice(groups[keys[i % len(keys)]]) for i in range(count)]
+    rng.shuffle(train)
+    return Task(
+        [sample(p, model, rng) for p in train], [sample(p, model, rng) for p in unseen]
+    )
