@@ -9,19 +9,15 @@ labelled. Pictures of training and of testing share no (colour, cells) combinati
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor, nn
 
 from conformance.batches import IGNORE, Sample
-from conformance.case import ImageInputs, Model
+from conformance.case import Model
 
 CELL = 4  # pixels
 COLOURS = {
@@ -129,7 +125,10 @@ def features(image: Image.Image, model: Model) -> Sample:
         return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, n, n]])}
     patches = pixels.reshape(n, p, n, p, 3).permute(0, 2, 1, 3, 4).reshape(1, n * n, -1)
     y, x = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
-    return {"pixel_values": patches, "image_position_ids": torch.stack([x, y], -1).reshape(1, -1, 2)}
+    return {
+        "pixel_values": patches,
+        "image_position_ids": torch.stack([x, y], -1).reshape(1, -1, 2),
+    }
 
 
 def sample(picture: Picture, model: Model, rng: random.Random) -> Sample:
@@ -160,6 +159,4 @@ def task(model: Model, count: int = 256, seed: int = 0) -> Task:
     unseen = [groups[keys[i % len(keys)]].pop() for i in range(UNSEEN)]
     train = [rng.choice(groups[keys[i % len(keys)]]) for i in range(count)]
     rng.shuffle(train)
-    return Task(
-        [sample(p, model, rng) for p in train], [sample(p, model, rng) for p in unseen]
-    )
+    return Task([sample(p, model, rng) for p in train], [sample(p, model, rng) for p in unseen])

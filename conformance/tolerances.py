@@ -68,9 +68,7 @@ _ROWS = (
     Tolerance(
         "gradients/hybrid", 2e-5, 6.3e-6, "float32, batch split over 4 ranks; worst is gemma4-moe"
     ),
-    Tolerance(
-        "gradients/hybrid/linear-attention", 2e-4, 8.4e-5, "as data parallel; qwen3_5_moe"
-    ),
+    Tolerance("gradients/hybrid/linear-attention", 2e-4, 8.4e-5, "as data parallel; qwen3_5_moe"),
     Tolerance(
         "parameters/data-parallel", 1e-6, 3.1e-7, "one AdamW step in float64, lr 1e-3; gemma4-moe"
     ),

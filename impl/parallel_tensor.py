@@ -17,8 +17,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .errors import Refused
-from .parallel_plan import ParallelPlan, Unsupported
 from .parallel_data import tied_groups
+from .parallel_plan import ParallelPlan, Unsupported
 from .patches.expert_parallel_plan import apply_to_config
 from .patches.partial_gradients import summed_once
 

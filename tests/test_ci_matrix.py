@@ -19,7 +19,7 @@ from conformance.strategies import STRATEGIES
 
 ROOT = Path(__file__).parent.parent
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-ENVIRONMENTS = "lint min stable tf-next peft-next next mutants bench gpu".split()
+ENVIRONMENTS = ["lint", "min", "stable", "tf-next", "peft-next", "next", "mutants", "bench", "gpu"]
 
 
 def script(name: str) -> Any:
@@ -75,8 +75,8 @@ def test_workflow_is_well_formed(path: Path) -> None:
     assert data["name"] and data[True] and data["permissions"] == {"contents": "read"}
     for name, job in data["jobs"].items():
         assert "uses" in job or job["timeout-minutes"], f"{path.name}: {name} has no limit"
-        for needed in [job.get("needs", [])] if isinstance(job.get("needs"), str) else job.get(
-            "needs", []
+        for needed in (
+            [job.get("needs", [])] if isinstance(job.get("needs"), str) else job.get("needs", [])
         ):
             assert needed in data["jobs"]
         for step in job.get("steps", []):

@@ -108,9 +108,7 @@ def test_everything_is_inside(built: Path) -> None:
     assert not [name for name in names if "__pycache__" in name or name.startswith("tests")]
 
 
-def test_reference_passes_where_it_is_installed(
-    installed: dict[str, str], tmp_path: Path
-) -> None:
+def test_reference_passes_where_it_is_installed(installed: dict[str, str], tmp_path: Path) -> None:
     cases = ["--case", "H0[125]/*", "--case", "C04/*"]
     impl = ["--impl", "conformance.implementations.reference:IMPLEMENTATION"]
     words = ["-m", "pytest", "-q", "--pyargs", "conformance", *impl, *cases]

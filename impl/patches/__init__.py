@@ -21,6 +21,7 @@ NAMES: tuple[str, ...] = (
     "wrap_classes",
     "expert_parallel_plan",
     "packed_rows",
+    "unified_image_mask",
     "packed_images",
     "delta_net_documents",
     "image_type_ids",
