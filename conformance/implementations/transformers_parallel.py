@@ -149,14 +149,18 @@ def _hybrid(mesh: Any) -> Any:
 
 
 def clip_grad_norm(model: Any, max_norm: float) -> Any:
-    """`Accelerator.clip_grad_norm_`, as Trainer calls it; torch's own for a model sharded while
-    loading."""
+    """As Trainer does: `Accelerator.clip_grad_norm_`, or mesh by mesh for a model that was sharded
+    while loading (torch's own function before Trainer could)."""
     import torch
+    import transformers
 
     accelerator = _accelerators.get(model)
-    if accelerator is None:
-        return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return accelerator.clip_grad_norm_(model.parameters(), max_norm)
+    if accelerator is not None:
+        return accelerator.clip_grad_norm_(model.parameters(), max_norm)
+    by_mesh: Any = getattr(transformers.Trainer, "_mixed_mesh_grad_norm", None)
+    if by_mesh is not None:
+        return by_mesh(None, model, max_norm)
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
 
 def no_sync(model: Any) -> contextlib.AbstractContextManager[Any]:
