@@ -13,6 +13,7 @@ from conformance.implementation import load
 from conformance.matrix import cases
 from tests.mutants import Mutant
 from tests.mutants import load as load_mutants
+from tests.mutants.__main__ import HEADER, table
 
 MUTANTS = load_mutants()
 
@@ -51,3 +52,11 @@ def test_every_correctness_check_kills_a_mutant() -> None:
 def test_mutants_name_checks_that_exist() -> None:
     unknown = {m.killed_by for m in MUTANTS} - set(checks())
     assert not unknown, f"mutants name checks that do not exist: {sorted(unknown)}"
+
+
+def test_the_published_table_has_a_row_a_mutant() -> None:
+    lines = table(MUTANTS).splitlines()
+    assert len(lines) == len(HEADER) + len(MUTANTS)
+    columns = HEADER[0].count("|")
+    crooked = [line for line in lines if line.replace(r"\|", "").count("|") != columns]
+    assert not crooked, f"rows with another number of columns: {crooked[:2]}"
