@@ -11,10 +11,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -57,14 +59,19 @@ def golden_dir() -> Path:
 
 
 def golden_adapters(kinds: tuple[str, ...]) -> list[Golden]:
-    """The adapters of these kinds (folder names), of every environment that could make them."""
+    """The adapters of these kinds (folder names), of each environment that could make them and in
+    which nothing was newer than what is installed."""
     found = []
     for environment in sorted(golden_dir().glob("*-*/environment.json")):
-        for kind in kinds:
-            if (environment.parent / kind / "adapter_config.json").exists():
-                facts = json.loads(environment.read_text(encoding="utf-8"))
-                found.append(Golden(environment.parent / kind, facts))
+        facts = json.loads(environment.read_text(encoding="utf-8"))
+        if not _is_newer(facts):
+            folders = [environment.parent / kind for kind in kinds]
+            found += [Golden(f, facts) for f in folders if (f / "adapter_config.json").exists()]
     return found
+
+
+def _is_newer(facts: dict[str, str]) -> bool:
+    return any(Version(facts[name]) > Version(version(name)) for name in ("transformers", "peft"))
 
 
 def golden_checkpoints(model: str) -> list[Golden]:

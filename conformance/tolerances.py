@@ -93,7 +93,7 @@ _ROWS = (
         "logits/reloaded", 1e-6, 2e-7, "float32, the same weights loaded again, merged once or not"
     ),
     Tolerance(
-        "logits/golden", 1e-6, 2e-7, "float32, written under transformers 5.5 to 5.23, peft 0.18 on"
+        "logits/golden", 4e-6, 1.8e-6, "float32, eager then, sdpa now; gemma4-moe of peft 0.18.1"
     ),
     Tolerance(
         "parameters/golden", 1e-6, 2e-7, "float32 LoRA factors, two AdamW steps after a kept state"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapter_history import in_todays_layout
 from .adapter_layout import from_disk, mend_file
 from .adapters import parameter_targets
 from .errors import Refused
@@ -144,9 +145,15 @@ def _load_adapter(model: nn.Module, folder: Path) -> nn.Module:
             raise Refused(f"{folder}: {error}") from error
         finally:
             literal()
-    put_adapter(adapted, from_disk(adapted, tensors), folder)
+    tensors = in_todays_layout(adapted, from_disk(adapted, tensors), _written_by(folder))
+    put_adapter(adapted, tensors, folder)
     assert isinstance(adapted, nn.Module)
     return adapted
+
+
+def _written_by(folder: Path) -> Any:
+    """The release of PEFT that wrote an adapter; older ones did not say."""
+    return json.loads((folder / ADAPTER_CONFIG).read_text()).get("peft_version")
 
 
 def put_adapter(adapted: Any, tensors: Mapping[str, Tensor], where: Path | str) -> None:

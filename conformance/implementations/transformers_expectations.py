@@ -193,6 +193,14 @@ ADAPTERS = (
         "L7: AltUp reads `correction_coefs.weight` itself in training, past the adapter",
         f"{_PEFT}/899",
     ),
+    *_each(
+        ("C04/*/lora-experts/single", "C11/*/lora-experts/single"),
+        "expert adapters that PEFT 0.18 or older wrote no longer load: input and output changed"
+        " places, and nothing converts them",
+        f"{_PEFT}/3083",
+        (RuntimeError,),
+        when=("peft>=0.19",),
+    ),
     Expectation(
         "P14/*",
         "L13: PEFT removes its parametrization only when it is alone on the parameter, so on a"

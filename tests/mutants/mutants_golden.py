@@ -74,3 +74,17 @@ def keys_of_older_layouts_are_not_renamed(patch: pytest.MonkeyPatch) -> None:
         "impl.build:load_loudly",
         lambda original: lambda cls, path, kwargs: cls.from_pretrained(path, **kwargs),
     )
+
+
+@mutant(
+    "b102-conversion",
+    case="C04/mixtral/lora-experts/single",
+    issue="https://github.com/huggingface/peft/issues/3083",
+)
+def factors_from_before_the_swap_are_exchanged_wrongly(patch: pytest.MonkeyPatch) -> None:
+    """An adapter written before the features were swapped loads, and means another update."""
+    around(
+        patch,
+        "impl.adapter_history:_exchanged",
+        lambda original: lambda a, b, experts: original(a, b, a.shape[0] // experts),
+    )
