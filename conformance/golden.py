@@ -59,42 +59,27 @@ def golden_dir() -> Path:
 
 
 def golden_adapters(kinds: tuple[str, ...]) -> list[Golden]:
-<<<<<<< HEAD
-    """The adapters of these kinds (folder names), of each environment that could make them and in
-    which nothing was newer than what is installed."""
-    found = []
-    for environment in sorted(golden_dir().glob("*-*/environment.json")):
-        facts = json.loads(environment.read_text(encoding="utf-8"))
-        if not _is_newer(facts):
-=======
     """The adapters of these kinds (folder names), of each environment that could make them and
     whose PEFT, or the package that it is named for, is not newer than the installed one."""
     found = []
     for environment in sorted(golden_dir().glob("*-*/environment.json")):
         facts = json.loads(environment.read_text(encoding="utf-8"))
-        if not _is_newer(environment.parent.name, facts):
->>>>>>> ci
+        if not _is_newer(facts, "peft", environment.parent.name.partition("-")[0]):
             folders = [environment.parent / kind for kind in kinds]
             found += [Golden(f, facts) for f in folders if (f / "adapter_config.json").exists()]
     return found
 
 
-<<<<<<< HEAD
-def _is_newer(facts: dict[str, str]) -> bool:
-    return any(Version(facts[name]) > Version(version(name)) for name in ("transformers", "peft"))
-=======
-def _is_newer(name: str, facts: dict[str, str]) -> bool:
-    judged = {"peft", name.partition("-")[0]}
-    return any(Version(facts[package]) > Version(version(package)) for package in judged)
->>>>>>> ci
+def _is_newer(facts: dict[str, str], *packages: str) -> bool:
+    return any(Version(facts[p]) > Version(version(p)) for p in packages if p in facts)
 
 
 def golden_checkpoints(model: str) -> list[Golden]:
-    """The whole checkpoints of a model, one for each layout of keys."""
+    """The whole checkpoints of a model, one for each layout of keys, none of a newer version."""
     found = []
     for file in sorted(golden_dir().glob("checkpoint-*/environment.json")):
         facts = json.loads(file.read_text(encoding="utf-8"))
-        if facts["model"] == model:
+        if facts["model"] == model and not _is_newer(facts, "transformers"):
             found.append(Golden(file.parent, facts))
     return found
 
