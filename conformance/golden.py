@@ -64,23 +64,22 @@ def golden_adapters(kinds: tuple[str, ...]) -> list[Golden]:
     found = []
     for environment in sorted(golden_dir().glob("*-*/environment.json")):
         facts = json.loads(environment.read_text(encoding="utf-8"))
-        if not _is_newer(environment.parent.name, facts):
+        if not _is_newer(facts, "peft", environment.parent.name.partition("-")[0]):
             folders = [environment.parent / kind for kind in kinds]
             found += [Golden(f, facts) for f in folders if (f / "adapter_config.json").exists()]
     return found
 
 
-def _is_newer(name: str, facts: dict[str, str]) -> bool:
-    judged = {"peft", name.partition("-")[0]}
-    return any(Version(facts[package]) > Version(version(package)) for package in judged)
+def _is_newer(facts: dict[str, str], *packages: str) -> bool:
+    return any(Version(facts[p]) > Version(version(p)) for p in packages if p in facts)
 
 
 def golden_checkpoints(model: str) -> list[Golden]:
-    """The whole checkpoints of a model, one for each layout of keys."""
+    """The whole checkpoints of a model, one for each layout of keys, none of a newer version."""
     found = []
     for file in sorted(golden_dir().glob("checkpoint-*/environment.json")):
         facts = json.loads(file.read_text(encoding="utf-8"))
-        if facts["model"] == model:
+        if facts["model"] == model and not _is_newer(facts, "transformers"):
             found.append(Golden(file.parent, facts))
     return found
 
