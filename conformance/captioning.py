@@ -39,6 +39,7 @@ MOST = 3
 PROMPT = (20, 21)
 FIRST_COLOUR, FIRST_COUNT, STOP = 30, 40, 1
 UNSEEN = 64
+WHOLE_STEPS = 700  # to the last unseen picture
 LEARNERS = ("gemma4-moe", "gemma4-dense", "gemma3-vlm", "qwen3_5")
 
 
@@ -163,3 +164,64 @@ def task(model: Model, count: int = 256, seed: int = 0) -> Task:
     return Task(
         [sample(p, model, rng) for p in train], [sample(p, model, rng) for p in unseen]
     )
+
+
+def train_head(model: nn.Module) -> None:
+    """Train the output head and the last norm as well, whatever froze them."""
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner.get_output_embeddings().weight.requires_grad_(True)
+    norms = [p for name, p in model.named_parameters() if name.endswith("language_model.norm.weight")]
+    for parameter in norms:
+        parameter.requires_grad_(True)
+
+
+def train(
+    model: nn.Module,
+    task: Task,
+    subject: Any,
+    *,
+    steps: int,
+    batch_size: int,
+    rate: float,
+    decay: bool = False,
+) -> list[float]:
+    """AdamW over the training samples in turn; the loss of each step, before it.
+
+    subject: collates and computes the loss (`conformance.subject.Subject`). decay: the rate falls
+    linearly to 0.
+    """
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0
+    )
+    plan = subject.plan()
+    losses = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (1 - step / steps) if decay else rate
+        rows = [task.train[(step * batch_size + i) % len(task.train)] for i in range(batch_size)]
+        batch = subject.to(subject.collate(rows, plan), subject.case.setting.dtype)
+        loss = subject.loss(model, batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def right(model: nn.Module, samples: Sequence[Sample], subject: Any) -> float:
+    """The share of captions whose every token is the most likely one, which greedy decoding gives
+    just then."""
+    batch = subject.to(subject.collate(samples, subject.plan()), subject.case.setting.dtype)
+    labels: Tensor = batch["labels"][:, 1:]
+    chosen = subject.eval_logits(model, batch)[:, :-1].argmax(-1)
+    return float(((chosen == labels) | (labels == IGNORE)).all(1).float().mean())
+
+
+def swapped(samples: Sequence[Sample]) -> list[Sample]:
+    """Each sample with the picture of one half the list away, whose caption is another."""
+    half = len(samples) // 2
+    pictures = ("pixel_values", "image_position_ids", "image_grid_thw")
+    return [
+        sample | {key: other[key] for key in pictures if key in other}
+        for sample, other in zip(samples, [*samples[half:], *samples[:half]], strict=True)
+    ]

@@ -75,6 +75,8 @@ def cases(check: Check, matrix: str = "default") -> list[Case]:
 
     smoke: one case a check, on the first model that has its traits.
     """
+    if check.nightly and matrix != "full":
+        return []
     if not check.per_model:
         return [Case(check, None, Setting.parse(text)) for text in check.settings]
     found = [
