@@ -9,15 +9,19 @@ labelled. Pictures of training and of testing share no (colour, cells) combinati
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
+from torch import Tensor, nn
 
 from conformance.batches import IGNORE, Sample
-from conformance.case import Model
+from conformance.case import ImageInputs, Model
 
 CELL = 4  # pixels
 COLOURS = {
@@ -35,6 +39,7 @@ MOST = 3
 PROMPT = (20, 21)
 FIRST_COLOUR, FIRST_COUNT, STOP = 30, 40, 1
 UNSEEN = 64
+WHOLE_STEPS = 700  # to the last unseen picture
 LEARNERS = ("gemma4-moe", "gemma4-dense", "gemma3-vlm", "qwen3_5")
 
 
@@ -125,10 +130,7 @@ def features(image: Image.Image, model: Model) -> Sample:
         return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, n, n]])}
     patches = pixels.reshape(n, p, n, p, 3).permute(0, 2, 1, 3, 4).reshape(1, n * n, -1)
     y, x = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
-    return {
-        "pixel_values": patches,
-        "image_position_ids": torch.stack([x, y], -1).reshape(1, -1, 2),
-    }
+    return {"pixel_values": patches, "image_position_ids": torch.stack([x, y], -1).reshape(1, -1, 2)}
 
 
 def sample(picture: Picture, model: Model, rng: random.Random) -> Sample:
@@ -159,4 +161,67 @@ def task(model: Model, count: int = 256, seed: int = 0) -> Task:
     unseen = [groups[keys[i % len(keys)]].pop() for i in range(UNSEEN)]
     train = [rng.choice(groups[keys[i % len(keys)]]) for i in range(count)]
     rng.shuffle(train)
-    return Task([sample(p, model, rng) for p in train], [sample(p, model, rng) for p in unseen])
+    return Task(
+        [sample(p, model, rng) for p in train], [sample(p, model, rng) for p in unseen]
+    )
+
+
+def train_head(model: nn.Module) -> None:
+    """Train the output head and the last norm as well, whatever froze them."""
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner.get_output_embeddings().weight.requires_grad_(True)
+    norms = [p for name, p in model.named_parameters() if name.endswith("language_model.norm.weight")]
+    for parameter in norms:
+        parameter.requires_grad_(True)
+
+
+def train(
+    model: nn.Module,
+    task: Task,
+    subject: Any,
+    *,
+    steps: int,
+    batch_size: int,
+    rate: float,
+    decay: bool = False,
+) -> list[float]:
+    """AdamW over the training samples in turn; the loss of each step, before it.
+
+    subject: collates and computes the loss (`conformance.subject.Subject`). decay: the rate falls
+    linearly to 0.
+    """
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0
+    )
+    plan = subject.plan()
+    losses = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (1 - step / steps) if decay else rate
+        rows = [task.train[(step * batch_size + i) % len(task.train)] for i in range(batch_size)]
+        batch = subject.to(subject.collate(rows, plan), subject.case.setting.dtype)
+        loss = subject.loss(model, batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def right(model: nn.Module, samples: Sequence[Sample], subject: Any) -> float:
+    """The share of captions whose every token is the most likely one, which greedy decoding gives
+    just then."""
+    batch = subject.to(subject.collate(samples, subject.plan()), subject.case.setting.dtype)
+    labels: Tensor = batch["labels"][:, 1:]
+    chosen = subject.eval_logits(model, batch)[:, :-1].argmax(-1)
+    return float(((chosen == labels) | (labels == IGNORE)).all(1).float().mean())
+
+
+def swapped(samples: Sequence[Sample]) -> list[Sample]:
+    """Each sample with the picture of one half the list away, whose caption is another."""
+    half = len(samples) // 2
+    pictures = ("pixel_values", "image_position_ids", "image_grid_thw")
+    return [
+        sample | {key: other[key] for key in pictures if key in other}
+        for sample, other in zip(samples, [*samples[half:], *samples[:half]], strict=True)
+    ]

@@ -94,6 +94,7 @@ class Check:
         is asked too. strategies: names. per_model: False for a check that has no model.
     tier: "process", "ranks", "kernels", "vision", "training" ... becomes a marker.
     correctness: True if it judges numbers or behaviour, and so owes a mutant.
+    nightly: asked in the full matrix only, being long.
     """
 
     id: str
@@ -109,6 +110,7 @@ class Check:
     marks: tuple[str, ...] = ()
     hardware: str = "cpu"  # "cpu", "gpu", "gpus"
     correctness: bool = True
+    nightly: bool = False
     name: str = ""
     claim: str = ""
     motivation: str = ""

@@ -70,6 +70,8 @@ def _pairs(setting: Setting, names: Sequence[str]) -> Iterator[tuple[str, str, s
 
 def cases(check: Check, matrix: str = "default") -> list[Case]:
     """Every case of a check in the named matrix (`default` or `full`), in a fixed order."""
+    if check.nightly and matrix != "full":
+        return []
     if not check.per_model:
         return [Case(check, None, Setting.parse(text)) for text in check.settings]
     return [

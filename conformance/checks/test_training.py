@@ -1,0 +1,162 @@
+"""Training that a user would start: pictures to captions, from near ln V to captions that hold."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from conformance import captioning
+from conformance.case import Case
+from conformance.check import check
+from conformance.lora import adapted_modules, expert_modules
+from conformance.observe import observe
+from conformance.subject import Subject
+
+Measured = dict[str, float]
+BATCH, STEPS, RATE = 16, 50, 1e-2
+LORA = ("lora+images",)
+EXPERTS = ("lora-experts+images+kernels",)
+
+
+def learner(subject: Subject) -> nn.Module:
+    """The prepared model with its head and last norm trained too.
+
+    A random base needs more than LoRA: its frozen head gives no logit above 3.5 at these sizes, so
+    that the loss stays above 1.4.
+    """
+    plan = subject.plan(options={"freeze_mm_modules": True})
+    model = subject.model(plan=plan, adapters=False)
+    captioning.train_head(model)
+    return model
+
+
+def judge(case: Case, losses: list[float], subject: Subject, measured: Measured) -> None:
+    """The loss starts near ln V and ends below 1."""
+    vocabulary = subject.model_spec.text_config["vocab_size"]
+    end = sum(losses[-5:]) / 5
+    measured["first loss"], measured["last loss"] = losses[0], end
+    assert abs(losses[0] - math.log(vocabulary)) < 0.5, (
+        f"{case.id}: starts at {losses[0]:.3g}, not near ln V = {math.log(vocabulary):.3g}"
+    )
+    assert end < 1.0, f"{case.id}: the loss is {end:.3g} after {len(losses)} steps, limit 1.0"
+
+
+def check_towers(case: Case, model: nn.Module, subject: Subject, before: Any) -> None:
+    """The towers are bit for bit as before."""
+    moved = [n for n, p in towers(model, subject).items() if not torch.equal(p, before[n])]
+    assert not moved, f"{case.id}: {len(moved)} frozen tower parameters moved, such as {moved[0]}"
+
+
+def towers(model: nn.Module, subject: Subject) -> dict[str, torch.Tensor]:
+    """Copies of the parameters outside the decoder, by name."""
+    frozen = set(subject.model_spec.freeze)
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if frozen & set(name.split("."))
+    }
+
+
+@check(
+    "V13",
+    needs=("plan", "prepare", "collate", "loss"),
+    models=("gemma4-dense", "gemma3-vlm"),
+    settings=LORA,
+    marks=("training", "vision"),
+)
+def test_captioning_own_loop(case: Case, subject: Subject, measured: Measured) -> None:
+    """LoRA by the language model's regex, towers frozen, learns captions in fifty steps.
+
+    https://docs.axolotl.ai/docs/multimodal.html
+    """
+    model = learner(subject)
+    before = towers(model, subject)
+    adapted = adapted_modules(model)
+    assert adapted, f"{case.id}: nothing is adapted"
+    stray = [n for n in adapted if set(n.split(".")) & set(subject.model_spec.freeze)]
+    assert not stray, f"{case.id}: {len(stray)} adapters in frozen towers, such as {stray[0]}"
+    task = captioning.task(subject.model_spec, BATCH * STEPS)
+    losses = captioning.train(model, task, subject, steps=STEPS, batch_size=BATCH, rate=RATE)
+    judge(case, losses, subject, measured)
+    check_towers(case, model, subject, before)
+
+
+@check(
+    "V14",
+    needs=("plan", "prepare", "fit"),
+    models=("gemma4-moe",),
+    settings=EXPERTS,
+    marks=("training", "vision"),
+)
+def test_captioning_with_expert_lora_and_kernels(
+    case: Case, subject: Subject, measured: Measured
+) -> None:
+    """Expert LoRA with the kernels on learns captions in fifty steps of the stack's own loop.
+
+    https://docs.axolotl.ai/docs/custom_integrations.html
+    """
+    model = learner(subject)
+    before = towers(model, subject)
+    experts = expert_modules(subject.stock("float32"))
+    held = {n for n in adapted_modules(model) if any(n.startswith(e) for e in experts)}
+    assert held, f"{case.id}: no adapter on the experts"
+    losses = fitted(model, subject)
+    judge(case, losses, subject, measured)
+    check_towers(case, model, subject, before)
+
+
+@check(
+    "V15",
+    needs=("plan", "prepare", "fit"),
+    models=("qwen3_5",),
+    settings=LORA,
+    marks=("training", "vision"),
+)
+def test_captioning_by_fit(case: Case, subject: Subject, measured: Measured) -> None:
+    """The stack's own loop keeps the pixels: captions are learnt in fifty steps.
+
+    https://docs.axolotl.ai/docs/multimodal.html, remove_unused_columns
+    """
+    model = learner(subject)
+    before = towers(model, subject)
+    losses = fitted(model, subject)
+    judge(case, losses, subject, measured)
+    check_towers(case, model, subject, before)
+
+
+def fitted(model: nn.Module, subject: Subject) -> list[float]:
+    """Losses of fifty steps of `fit`, from its log; before them, the loss of the first batch."""
+    plan = subject.plan(options={"freeze_mm_modules": True})
+    task = captioning.task(subject.model_spec, BATCH * STEPS)
+    with observe(model, optimizer_step=-1) as seen:
+        done = subject.impl.fit(model, task.train, plan, steps=STEPS, batch_size=BATCH, lr=RATE)
+    losses = [float(row["loss"]) for row in done.state.log_history if "loss" in row]
+    assert len(seen.steps) == STEPS, f"{len(seen.steps)} steps were taken, not {STEPS}"
+    return losses
+
+
+@check(
+    "V16",
+    needs=("plan", "prepare", "collate", "loss"),
+    models=captioning.LEARNERS,
+    settings=("images",),
+    marks=("training", "vision"),
+    nightly=True,
+)
+def test_unseen_captions(case: Case, subject: Subject, measured: Measured) -> None:
+    """Captions of 64 unseen pictures are right, and at chance when the pictures are swapped.
+
+    issue 15, part 2
+    """
+    model = subject.model(options={"freeze_mm_modules": True})
+    steps = captioning.WHOLE_STEPS
+    task = captioning.task(subject.model_spec, 32 * steps)
+    captioning.train(model, task, subject, steps=steps, batch_size=32, rate=5e-3, decay=True)
+    right = captioning.right(model, task.unseen, subject)
+    swapped = captioning.right(model, captioning.swapped(task.unseen), subject)
+    measured["right"], measured["right when swapped"] = right, swapped
+    assert swapped < 0.25, f"{case.id}: {swapped:.0%} right from another picture: it is not read"
+    assert right >= 0.95, f"{case.id}: {right:.0%} of 64 unseen captions are right, not 95 %"
