@@ -264,3 +264,18 @@ def only_ids_are_padded(patch: pytest.MonkeyPatch) -> None:
 def image_documents_share_a_row(patch: pytest.MonkeyPatch) -> None:
     """The second document gets the image blocks of the first."""
     drop_patch(patch, "packed_images")
+
+    def make(original: Any) -> Any:
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            types, positions = kwargs.get("mm_token_type_ids"), kwargs.get("position_ids")
+            starts = [] if positions is None else (positions[0] == 0).nonzero().flatten().tolist()
+            if types is not None and len(starts) > 1:
+                width = types.shape[1] - starts[1]
+                types = torch.cat([types[:, : starts[1]], types[:, :width]], dim=1)
+                kwargs["mm_token_type_ids"] = types
+            return original(self, *args, **kwargs)
+
+        return forward
+
+    # transformers 5.17 has not the defect itself
+    around(patch, f"{GEMMA4}:Gemma4Model.forward", make)
