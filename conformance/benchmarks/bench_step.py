@@ -8,7 +8,8 @@ A bench file is no test file (`python_files` is `test_*`), so it runs only where
 above; it never asserts a figure. B01, B02, B05–B07 of the catalogue. A cell (model × setting ×
 provider) is a fresh process, providers are interleaved over the rounds, and `peer` names the one to
 take ratios to: the stock stack, timed in the same run. Memory is what a step or a load adds at its
-peak: of the process (resident set) on CPU, of the allocator on a GPU. `--wide` takes a text model of
+peak: of the process (resident set) on CPU, of the allocator on a GPU. A tiny model is loaded once
+before, for its imports, so its load shows only memory that could not be reused. `--wide` takes a text model of
 about 100 million parameters; the tiny ones show overheads, not throughput.
 """
 
