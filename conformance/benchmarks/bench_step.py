@@ -9,8 +9,8 @@ above; it never asserts a figure. B01, B02, B05–B07 of the catalogue. A cell (
 provider) is a fresh process, providers are interleaved over the rounds, and `peer` names the one to
 take ratios to: the stock stack, timed in the same run. Memory is what a step or a load adds at its
 peak: of the process (resident set) on CPU, of the allocator on a GPU. A tiny model is loaded once
-before, for its imports, so its load shows only memory that could not be reused. `--wide` takes a text model of
-about 100 million parameters; the tiny ones show overheads, not throughput.
+before, for its imports, so its load shows only memory that could not be reused. `--wide` takes a
+text model of 100 million parameters instead; the tiny ones show overheads, not throughput.
 """
 
 from __future__ import annotations
