@@ -45,9 +45,9 @@ def test_a_missing_shard_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_shard_twice_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    twice = [*MATRIX.shards(), MATRIX.shards()[-1]]
+    twice = MATRIX.shards() + [s for s in MATRIX.shards() if s["name"] == "mixtral-single"]
     monkeypatch.setattr(MATRIX, "shards", lambda: twice)
-    assert any("2 shards" in fault for fault in MATRIX.faults("full"))
+    assert any("2 shards" in fault for fault in MATRIX.faults("default"))
 
 
 def test_shards_are_the_product() -> None:
@@ -113,3 +113,35 @@ def test_without_a_stable_report_the_run_decides(
     assert "M01/a/-/single" in capsys.readouterr().out
     report.write_text("no report")
     assert against.main([str(report)]) == 2
+
+
+def test_shards_are_joined(tmp_path: Path) -> None:
+    from conformance.errors import InputError
+    from conformance.report import Report, Row, hardware, now, read, versions, write
+
+    join = script("join_reports")
+
+    def report(case_id: str, verdict: str, implementation: str = "reference") -> Report:
+        return Report(
+            implementation=implementation,
+            rows=(Row(case_id, verdict),),
+            versions=versions(),
+            hardware=hardware(),
+            matrix="full",
+            started=now(),
+            selection="",
+            wall_s=2.0,
+            exit=int(verdict != "passed"),
+            checks={},
+        )
+
+    one, two = report("M01/a/-/single", "passed"), report("M01/b/-/single", "failed")
+    whole = join.joined([two, one])
+    write(whole, tmp_path / "all.json")
+    again = read(tmp_path / "all.json")
+    assert [row.case_id for row in again.rows] == ["M01/a/-/single", "M01/b/-/single"]
+    assert (again.wall_s, again.exit) == (4.0, 1)
+    with pytest.raises(InputError, match="two shards"):
+        join.joined([one, one])
+    with pytest.raises(InputError, match="implementation"):
+        join.joined([one, report("M01/c/-/single", "passed", "other")])
