@@ -140,10 +140,15 @@ _ROWS = (
         1.1e-7,
         "AdamW, lr 1e-4, whole against split batch; gemma4-dense images, float32 islands",
     ),
-    Tolerance("logits/four bits", 1e-4, 2e-5, "float32"),
-    Tolerance("gradients/four bits", 1e-4, 2e-5, "float32"),
-    Tolerance("curve/max Δ", 1e-2, 5e-3, "float32 against float64"),
-    Tolerance("curve/mean Δ", 1e-2, 5e-3, "float32 against float64"),
+    Tolerance("curve/max Δ", 2e-3, 4.9e-4, "20 AdamW steps, float32 against float64; gemma4-moe"),
+    Tolerance("curve/mean Δ", 2e-4, 5.0e-5, "as above; gemma4-moe"),
+    Tolerance(
+        "curve/max Δ/linear-attention",
+        0.4,
+        0.16,
+        "as above, qwen3_next, in float64 too: rounding doubles in every step or two",
+    ),
+    Tolerance("curve/mean Δ/linear-attention", 0.1, 0.04, "as above; qwen3_next"),
     Tolerance(
         "gradients/accumulated", 1e-4, 3.2e-5, "float32, packed against separate; gemma4-e2b lora"
     ),

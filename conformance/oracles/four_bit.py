@@ -6,6 +6,8 @@ nearest of sixteen levels (the quantiles published with QLoRA, Dettmers et al. 2
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ LEVELS = (
 )
 
 
-def expanded(weight: Tensor) -> Tensor:
+def rounded(weight: Tensor) -> Tensor:
     """The weight after packing and expanding, in its shape and dtype."""
     levels = torch.tensor(LEVELS, dtype=torch.float64)
     values = weight.detach().double().flatten()
@@ -49,3 +51,25 @@ def expanded(weight: Tensor) -> Tensor:
 def packed_bytes(numel: int) -> float:
     """Bytes of a packed weight: half a byte a value and a float32 scale a block."""
     return numel / 2 + 4 * -(-numel // BLOCK)
+
+
+def unpacked(packed: Tensor, scale: Tensor) -> Tensor:
+    """Flat float32 values of packed bytes, two a byte, the first in the high half; `scale`: one for
+    each block."""
+    data = packed.detach().flatten().long()
+    codes = torch.stack([data >> 4, data & 15], 1).flatten()
+    values = torch.tensor(LEVELS)[codes]
+    return values * scale.float().flatten().repeat_interleave(BLOCK)[: len(values)]
+
+
+def scales(state: Any) -> Tensor:
+    """One float32 scale a block: `absmax` as it is, or where it is quantised in its turn, its code
+    in blocks of 256 plus the mean that was taken off."""
+    nested = getattr(state, "state2", None)
+    if nested is None:
+        plain: Tensor = state.absmax
+        return plain
+    values = nested.code.float()[state.absmax.flatten().long()]
+    wide = nested.absmax.float().flatten().repeat_interleave(int(nested.blocksize))
+    whole: Tensor = values * wide[: len(values)] + state.offset
+    return whole
