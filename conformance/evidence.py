@@ -126,7 +126,7 @@ def row_of(subject: Subject, what: str = "gradients") -> Tolerance:
 
 
 def without_zeros(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients, those left out that are all zero where one process has none (FSDP1's flat ones)."""
+    """Without gradients that are all zero where one process has none (FSDP1's flat ones)."""
     return {name: g for name, g in got.items() if name in want or bool(g.any())}
 
 

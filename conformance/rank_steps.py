@@ -13,7 +13,6 @@ from torch import nn
 
 from conformance.observe import full
 from conformance.spread import (
-    DATA_PARALLEL,
     Job,
     Tensors,
     digest,
@@ -141,7 +140,7 @@ def images_on_one_rank(job: Job) -> Seen:
 
 
 def auxiliary(job: Job) -> Seen:
-    """A step with the router's load-balancing loss; in one process of rank 0's rows, then others."""
+    """A step with the router's load-balancing loss; one process takes the ranks' rows in turn."""
     setting = job.subject.case.setting
     model = job.model(setting)
     samples = job.samples()
@@ -154,7 +153,7 @@ def auxiliary(job: Job) -> Seen:
 
 
 def expert_steps(job: Job, steps: int = 4) -> Seen:
-    """Several AdamW steps while fresh memory is filled with NaN: losses, experts held, finiteness."""
+    """Several AdamW steps while fresh memory is filled with NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
@@ -219,8 +218,3 @@ def resume_and_step(job: Job, folder: str) -> Seen:
     model.train()
     step(job, model, job.samples())
     return {"parameters": parameters_of(model, trainable=True), "gradients": gradients_of(model)}
-
-
-def shares_rows(strategy: str) -> bool:
-    """Whether ranks of a strategy have rows of their own."""
-    return strategy in DATA_PARALLEL
