@@ -79,9 +79,19 @@ def run(
 
     fn: a module-level function, or a partial of one. options: of the plan.
     """
+    subject.plan(options=options)  # a refusal costs no start
+    return start(subject, fn, options, timeout)
+
+
+def start(
+    subject: Subject,
+    fn: Callable[[Job], T],
+    options: Mapping[str, Any] | None = None,
+    timeout: float = 60.0,
+) -> list[T]:
+    """As `run`, whatever the implementation's plan says of the case."""
     case = subject.case
     assert subject.loaded.spec, f"{case.id}: ranks cannot load {subject.name}: it has no spec"
-    subject.plan(options=options)  # a refusal costs no start
     path = checkpoint.checkpoint(subject.model_spec)
     kind = "cuda" if subject.device.startswith("cuda") else "cpu"
     rest = (subject.loaded.spec, case, fn, path, dict(options or {}))
