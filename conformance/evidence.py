@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from conformance import checkpoint, ranks, spread
 from conformance.numerics import assert_close_gradients, relative_error, worst
-from conformance.spread import Spread
+from conformance.spread import Job, Spread
 from conformance.subject import Subject
 from conformance.tolerances import Tolerance, tolerance
 
@@ -41,17 +42,19 @@ def forget() -> None:
     _kept.clear()
 
 
-def evidence(subject: Subject) -> Evidence:
-    """The evidence of the subject's case; raises what its start raised, refusals unwrapped."""
+def evidence(subject: Subject, whole: bool = True) -> Evidence:
+    """The evidence of the subject's case; raises what its start raised, refusals unwrapped.
+
+    whole: accumulation, training and the float64 step too, beside the float32 one.
+    """
     case = subject.case
-    where = (subject.loaded.spec, case.model and case.model.name, case.setting, subject.device)
+    where = (subject.loaded.spec, subject.model_spec.name, case.setting, subject.device, whole)
 
     def spreading() -> tuple[Spread, ...]:
-        found = run(subject, spread.on_rank, checkpoint.checkpoint(subject.model_spec), options)
-        return tuple(found)
+        return tuple(run(subject, partial(spread.observe, whole=whole), options))
 
     def single() -> Spread:
-        return spread.alone(subject, checkpoint.checkpoint(subject.model_spec), options)
+        return run_alone(subject, partial(spread.observe, whole=whole), options)
 
     options = oracle_options(subject)
     many = _once((*where, case.strategy.name), spreading)
@@ -66,20 +69,46 @@ def oracle_options(subject: Subject) -> dict[str, Any]:
     return {"lora_targets": targets} if isinstance(targets, str) else {}
 
 
-def run(subject: Subject, fn: Callable[..., T], *args: Any, timeout: float = 60.0) -> list[T]:
-    """`fn(rank, spec, case, *args)` on the strategy's ranks; a rank's refusal is raised as one."""
+def run(
+    subject: Subject,
+    fn: Callable[[Job], T],
+    options: Mapping[str, Any] | None = None,
+    timeout: float = 60.0,
+) -> list[T]:
+    """`fn(job)` on each of the strategy's ranks; a rank's refusal is raised as a refusal.
+
+    fn: a module-level function, or a partial of one. options: of the plan.
+    """
+    subject.plan(options=options)  # a refusal costs no start
+    return start(subject, fn, options, timeout)
+
+
+def start(
+    subject: Subject,
+    fn: Callable[[Job], T],
+    options: Mapping[str, Any] | None = None,
+    timeout: float = 60.0,
+) -> list[T]:
+    """As `run`, whatever the implementation's plan says of the case."""
     case = subject.case
     assert subject.loaded.spec, f"{case.id}: ranks cannot load {subject.name}: it has no spec"
-    subject.plan()  # a refusal costs no start
+    path = checkpoint.checkpoint(subject.model_spec)
     kind = "cuda" if subject.device.startswith("cuda") else "cpu"
+    rest = (subject.loaded.spec, case, fn, path, dict(options or {}))
     try:
-        return ranks.run(
-            case.strategy.ranks, fn, subject.loaded.spec, case, *args, device=kind, timeout=timeout
-        )
+        return ranks.run(case.strategy.ranks, spread.on_rank, *rest, device=kind, timeout=timeout)
     except ranks.RankFailed as failed:
         if isinstance(failed.error, subject.refusals):
             raise failed.error from failed
         raise
+
+
+def run_alone(
+    subject: Subject, fn: Callable[[Job], T], options: Mapping[str, Any] | None = None
+) -> T:
+    """`fn(job)` in this process under `single`: the oracle."""
+    path = checkpoint.checkpoint(subject.model_spec)
+    return spread.alone(subject, fn, path, dict(options or {}))
 
 
 def _once(key: tuple[Any, ...], make: Callable[[], T]) -> T:
@@ -107,7 +136,7 @@ def row_of(subject: Subject, what: str = "gradients") -> Tolerance:
 
 
 def without_zeros(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients, but for all-zero ones where one process has none (FSDP1's flat ones)."""
+    """Without gradients that are all zero where one process has none (FSDP1's flat ones)."""
     return {name: g for name, g in got.items() if name in want or bool(g.any())}
 
 
@@ -154,6 +183,8 @@ def assert_step(subject: Subject, seen: Evidence, measured: Measured) -> None:
     row = row_of(subject)
     assert_number(subject, first.loss, single.loss, tolerance("loss/spread"), measured, "loss")
     assert_parity(subject, first.gradients, single.gradients, row, measured, "gradients")
+    if not single.parameters:
+        return
     exact = row_of(subject, "parameters")
     assert_parameters(subject, first.parameters, single.parameters, exact, measured)
 

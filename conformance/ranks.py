@@ -62,6 +62,8 @@ BASE_MODULES = (
     "pytest",
     "conformance.rank_process",
     "conformance.subject",
+    "conformance.rank_steps",
+    "conformance.rank_failures",
     "conformance.numerics",
     "conformance.implementations.reference",
     "conformance.implementations.transformers",

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,28 +38,31 @@ IGNORE = -100
 RATE, EPSILON = 1e-3, 1e-6
 
 Tensors = dict[str, Tensor]
+T = TypeVar("T")
 
 
 @dataclass
 class Spread:
     """What one rank (or the one process of the oracle) saw.
 
-    loss, gradients: of the first batch in the setting's dtype; `losses` are the returned shares.
+    loss, gradients: of the first batch in the setting's dtype; items: this rank's own labels.
     norm: before clipping to MAX_NORM, as the clipping function says; clipped: the norm after.
     once, twice: gradients of two batches, reduced at the end and after each. evaluated: the loss in
-    evaluation mode after STEPS of SGD, and `after` the parameters' digests then. gradient_bytes,
+    evaluation mode after STEPS of SGD; before, after: the parameters' digests. gradient_bytes,
     trained_bytes, storage_bytes, weight_bytes: of this rank. tied: groups of names that are one
-    weight. exact: loss, gradients and parameters of one AdamW step in float64. saved: the adapter's
-    factors before any step. experts: (here, in all) of each stacked expert weight.
+    weight. exact: gradients in float64, and parameters after one AdamW step. experts: (here, in
+    all) of each stacked expert weight.
     """
 
     loss: float = 0.0
+    items: int = 0
     gradients: Tensors = field(default_factory=dict)
     norm: float = 0.0
     clipped: float = 0.0
     once: Tensors = field(default_factory=dict)
     twice: Tensors = field(default_factory=dict)
     evaluated: float = 0.0
+    before: dict[str, str] = field(default_factory=dict)
     after: dict[str, str] = field(default_factory=dict)
     gradient_bytes: int = 0
     trained_bytes: int = 0
@@ -108,7 +111,9 @@ class Job:
         """Built, prepared and spread, adapters filled by name."""
         subject = self.subject
         plan = subject.plan(setting, options=self.options)
-        built = subject.impl.build(self.path, plan, self.mesh).to(subject.device)
+        built = subject.impl.build(self.path, plan, self.mesh)
+        if next(built.parameters()).device.type != subject.device.partition(":")[0]:
+            built = built.to(subject.device)  # `to` unties what was sharded while loading
         model = subject.adopt(built, plan, setting.tuning != "full")
         if self.mesh is None:
             return model
@@ -255,6 +260,7 @@ def observe_step(job: Job, seen: Spread) -> nn.Module:
     model = job.model(setting)
     seen.tied = tied_groups(model)
     samples = job.samples()
+    seen.items = sum(int((s["labels"][1:] != IGNORE).sum()) for s in job.share(samples))
     seen.loss = job.backward(model, job.batch(samples, setting), job.items(samples))
     seen.gradients = gradients_of(model)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -293,6 +299,7 @@ def observe_training(job: Job, model: nn.Module, seen: Spread) -> None:
     """A few steps of SGD, then the loss in evaluation mode and what every rank holds."""
     setting, samples = job.subject.case.setting, job.samples()
     batch, items = job.batch(samples, setting), job.items(samples)
+    seen.before = {name: digest(p) for name, p in parameters_of(model).items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(STEPS):
         optimizer.zero_grad(set_to_none=True)
@@ -317,32 +324,37 @@ def observe_exact(job: Job, seen: Spread) -> None:
     seen.parameters = parameters_of(model, trainable=True)
 
 
-def observe(job: Job) -> Spread:
-    """Everything that the parity checks read."""
+def observe(job: Job, whole: bool = True) -> Spread:
+    """Everything that the parity checks read; the float32 step alone where not `whole`."""
     seen = Spread()
     model = observe_step(job, seen)
-    observe_accumulation(job, model, seen)
-    observe_training(job, model, seen)
-    observe_exact(job, seen)
+    if whole:
+        observe_accumulation(job, model, seen)
+        observe_training(job, model, seen)
+        observe_exact(job, seen)
     return seen
 
 
 def on_rank(
-    context: RankContext, spec: str, case: Case, path: Path, options: Mapping[str, Any]
-) -> Spread:
-    """What `ranks.run` calls; the tensors travel from rank 0 only, the others send digests."""
+    context: RankContext,
+    spec: str,
+    case: Case,
+    fn: Callable[[Job], T],
+    path: Path,
+    options: Mapping[str, Any],
+) -> T:
+    """What `ranks.run` calls: `fn` of this rank's job; whole tensors travel from rank 0 only."""
     with bound(load(spec), case, context.device) as subject:
         mesh = mesh_of(case, context.device)
-        job = Job(subject, path, context.rank, context.world_size, mesh, options)
-        seen = observe(job)
-    if context.rank:
+        seen = fn(Job(subject, path, context.rank, context.world_size, mesh, options))
+    if context.rank and isinstance(seen, Spread):
         for name in ("gradients", "once", "twice", "exact", "parameters"):
             setattr(seen, name, {})
     return seen
 
 
-def alone(subject: Subject, path: Path, options: Mapping[str, Any]) -> Spread:
+def alone(subject: Subject, fn: Callable[[Job], T], path: Path, options: Mapping[str, Any]) -> T:
     """The same in one process: the oracle."""
     case = replace(subject.case, strategy=SINGLE)
     with bound(subject.loaded, case, subject.device) as one:
-        return observe(Job(one, path, options=options))
+        return fn(Job(one, path, options=options))

@@ -41,6 +41,7 @@ __all__ = [
     "parallelize",
     "reduce_loss_scale",
     "save_adapter",
+    "save_spread",
     "unwrap",
 ]
 
@@ -245,16 +246,32 @@ def _without_infixes(name: str) -> str:
     return name
 
 
-def save_adapter(model: nn.Module, directory: Path) -> None:
-    """Gather the adapter from all ranks and write it once, as PEFT would for a whole model."""
+def save_spread(model: nn.Module, directory: Path) -> None:
+    """Gather the adapter, or the model without one, and write it once, as one process would.
+
+    All ranks call it. A model that transformers sharded while loading is written by its own
+    `save_pretrained`, which gathers.
+    """
+    from .checkpoints import mend_file
+    from .model_facts import is_adapted
+
     inner: Any = unwrap(model)
-    if not hasattr(inner, "peft_config"):
-        raise Refused("save_adapter: the model has no adapter")
-    state = gather_state_dict(model, trainable_only=True)
+    adapted = is_adapted(model)
+    state = gather_state_dict(model, trainable_only=adapted)
     if not dist.is_initialized() or dist.get_rank() == 0:
-        inner.save_pretrained(str(directory), state_dict=state)
+        options = {"save_embedding_layers": False} if adapted else {}
+        inner.save_pretrained(str(directory), state_dict=state, **options)
+        if adapted:
+            mend_file(inner, Path(directory))
     if dist.is_initialized():
         dist.barrier()
+
+
+def save_adapter(model: nn.Module, directory: Path) -> None:
+    """`save_spread` of a model that must have an adapter."""
+    if not hasattr(unwrap(model), "peft_config"):
+        raise Refused("save_adapter: the model has no adapter")
+    save_spread(model, directory)
 
 
 @contextlib.contextmanager

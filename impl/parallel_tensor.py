@@ -17,7 +17,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .errors import Refused
-from .parallel_data import tied_groups
 from .parallel_plan import ParallelPlan, Unsupported
 from .patches.expert_parallel_plan import apply_to_config
 from .patches.partial_gradients import summed_once
@@ -144,19 +143,7 @@ def load_sharded(
     if take_back is not None:  # or the trimmed plan would be written into the saved config
         take_back()
     check_sharded(model, plan)
-    _check_tied(model, config, plan)
     return model
-
-
-def _check_tied(model: Any, config: Any, plan: ParallelPlan) -> None:
-    """Refuse a head that was tied to the embedding and is a weight of its own once sharded."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    wanted = getattr(config, "tie_word_embeddings", False)
-    if wanted and head is not None and not tied_groups(model) and head is not embedding:
-        raise Refused(
-            f"{plan.strategy}: transformers unties the head from the embedding while it shards"
-            f" {type(model).__name__}; they would train apart: use fsdp2"
-        )
 
 
 def mend_expert_division(model: nn.Module, plan: ParallelPlan) -> None:

@@ -103,7 +103,12 @@ class Reference:
 
     def save(self, model: Any, path: Path) -> None:
         """The adapter, or the model."""
-        _part("checkpoints").save(model, path)
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            _part("parallel").save_spread(model, path)
+        else:
+            _part("checkpoints").save(model, path)
 
     def load(self, model: Any, path: Path) -> Any:
         """What `save` wrote, into a base model."""

@@ -1,0 +1,96 @@
+"""Activation offloading: the same gradients, bit for bit, whatever is moved away and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from conformance.case import Case
+from conformance.check import check
+from conformance.numerics import assert_close_gradients, assert_equal
+from conformance.observe import Step
+from conformance.subject import Subject
+from conformance.tolerances import tolerance
+
+Measured = dict[str, float]
+MODES = (
+    "offload",
+    "offload-legacy",
+    "offload-disk",
+    "ckpt-nonreentrant+offload-hidden_states",
+    "lora+offload",
+    "lora+ckpt-nonreentrant+offload-hidden_states",
+)
+
+
+@check("O01", needs=("plan", "prepare", "loss"), settings=MODES)
+def test_offloading_changes_no_gradient(case: Case, subject: Subject, measured: Measured) -> None:
+    """Every mode of offloading gives the loss and gradients of training without it.
+
+    https://github.com/axolotl-ai-cloud/axolotl/pull/2927
+    """
+    batch = subject.batch()
+    want = subject.step(subject.model(offload="off", checkpointing="off"), batch)
+    got, kept = watched(subject, subject.model(), batch)
+    _, plain = watched(subject, subject.model(offload="off"), batch)
+    measured["share of saved bytes that stay"] = kept / plain
+    assert kept < plain, f"{case.id}: {kept} of {plain} saved bytes stay: nothing is offloaded"
+    row = tolerance("gradients/settings")
+    assert_close_gradients(case.id, got.gradients, want.gradients, row, measured)
+    loss = torch.tensor([got.loss]), torch.tensor([want.loss])
+    assert torch.allclose(*loss, rtol=1e-6), f"{case.id}: loss {got.loss} against {want.loss}"
+
+
+def watched(subject: Subject, model: nn.Module, batch: dict[str, Any]) -> tuple[Step, int]:
+    """A step, and the bytes of saved tensors that reach hooks further out: those not offloaded."""
+    kept: dict[tuple[Any, ...], int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.data_ptr(), tensor.shape] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        found = subject.step(model, batch)
+    return found, sum(kept.values())
+
+
+class Views(nn.Module):
+    """Autograd saves overlapping, transposed and strided views of one storage here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 64 * 64).reshape(64, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """A scalar of products of views of one tensor."""
+        y = x @ self.weight
+        left, right = y[:, :32], y[:, 32:]
+        mixed = (left * right).sum() + (y.t() @ y).tanh().sum() + (y[::2] * y[1::2]).sum()
+        return mixed + (y.unfold(1, 32, 16) ** 2).mean()
+
+
+@check("O02", needs=("plan", "prepare"), models=("mixtral",), settings=("offload", "offload-disk"))
+def test_views_of_one_storage(case: Case, subject: Subject, measured: Measured) -> None:
+    """Saved tensors that are views of one storage come back as they were.
+
+    https://github.com/pytorch/torchtune/pull/1867
+    """
+    torch.manual_seed(0)
+    x, views = torch.randn(48, 64), Views()
+    views(x).backward()
+    want = views.weight.grad
+    assert want is not None and want.any(), f"{case.id}: no gradient"
+    views.weight.grad = None
+    model = subject.model()
+    layer = subject.model_spec.layers.split(".")[-1]
+    found = next(m for n, m in model.named_modules() if n.endswith(f"{layer}.0"))
+    losses: list[torch.Tensor] = []
+    handle = found.register_forward_hook(lambda m, a, out: losses.append(views(x)))
+    subject.loss(model, subject.batch())
+    handle.remove()
+    losses[0].backward()
+    assert views.weight.grad is not None
+    assert_equal(case.id, "gradient through views", views.weight.grad, want, measured)
