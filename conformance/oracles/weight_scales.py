@@ -51,6 +51,8 @@ def normalized(
             continue
         for name, mean, std in members:
             if std > threshold * median or std * threshold < median:
-                values = [mean + (v - mean) * median / std for v in tensors[name].double().flatten()]
+                values = [
+                    mean + (v - mean) * median / std for v in tensors[name].double().flatten()
+                ]
                 found[name] = torch.stack(values).reshape(tensors[name].shape)
     return found
