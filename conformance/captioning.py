@@ -13,6 +13,7 @@ import argparse
 import random
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from html import escape
 from itertools import combinations
@@ -24,7 +25,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from conformance.batches import IGNORE, Sample
-from conformance.case import ImageInputs, Model
+from conformance.case import Model
 
 CELL = 4  # pixels
 COLOURS = {
@@ -174,8 +175,10 @@ def task(model: Model, count: int = 256, seed: int = 0) -> Task:
 
 def train_head(model: nn.Module) -> None:
     """Train the output head and the last norm as well, whatever froze them."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    inner.get_output_embeddings().weight.requires_grad_(True)
+    wrapped: Any = model
+    inner = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
+    head: Any = inner.get_output_embeddings()
+    head.weight.requires_grad_(True)
     norms = [
         p for name, p in model.named_parameters() if name.endswith("language_model.norm.weight")
     ]
@@ -239,8 +242,8 @@ def learn(name: str, steps: int, adapters: bool = True) -> list[float]:
     """Train a tiny model through the reference's `fit` (HF Trainer); the loss of each step.
 
     adapters: LoRA, expert LoRA with the experts kernel where there are experts, with the head and
-    the last norm; otherwise the whole decoder. Towers are frozen. Raises ValueError for a model that
-    is none of `LEARNERS`.
+    the last norm; otherwise the whole decoder. Towers are frozen. Raises ValueError for a model
+    that is none of `LEARNERS`.
     """
     from conformance import checkpoint
     from conformance.families import MODELS
@@ -301,7 +304,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.steps < 1:
         parser.error("--steps must be positive")
-    losses = learn(options.model, options.steps, adapters=not options.full)
+    with redirect_stdout(sys.stderr):  # Trainer prints each step as a dict
+        losses = learn(options.model, options.steps, adapters=not options.full)
     for step, loss in enumerate(losses):
         if step % max(len(losses) // 25, 1) == 0 or step == len(losses) - 1:
             print(f"{step + 1:5}  {loss:6.3f}  {'█' * round(loss * 10)}")

@@ -1,4 +1,4 @@
-"""Optimisation: a known loss curve, one batch learnt by heart, and weights brought back to scale."""
+"""Optimisation: a known loss curve, one batch learnt by heart, weights back to scale."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def towers_are_adapted(patch: pytest.MonkeyPatch) -> None:
 
     def make(original: Any) -> Any:
         def planned(*args: Any, **options: Any) -> Any:
-            return original(*args, **{**options, "adapt_towers": True})
+            return original(*args, **{**options, "adapt_towers": True, "lora_target_linear": True})
 
         return planned
 
@@ -204,3 +204,47 @@ def merging_forgets_the_adapters(patch: pytest.MonkeyPatch) -> None:
         return merge
 
     around(patch, "impl.checkpoints:merge", make)
+
+
+def _decided(patch: pytest.MonkeyPatch, key: str, wrong: Any) -> None:
+    def make(original: Any) -> Any:
+        def planned(*args: Any, **options: Any) -> Any:
+            from dataclasses import replace
+
+            plan = original(*args, **options)
+            decision = replace(plan.decisions[key], value=wrong)
+            return replace(plan, decisions={**plan.decisions, key: decision})
+
+        return planned
+
+    around(patch, "impl.plan:plan", make)
+
+
+@mutant("quick-columns", case="V17/gemma4-dense/images/single", issue="model_architectures.md")
+def unused_columns_are_removed(patch: pytest.MonkeyPatch) -> None:
+    """Trainer drops what the forward does not name, the pictures among it."""
+    _decided(patch, "remove_unused_columns", True)
+
+
+@mutant("quick-packing", case="V18/gemma4-dense/images/single", issue="model_architectures.md")
+def images_are_packed(patch: pytest.MonkeyPatch) -> None:
+    """Samples with pictures are put into one row."""
+    _decided(patch, "sample_packing", True)
+
+
+@mutant("quick-prepare", case="V19/gemma4-dense/images/single", issue="model_architectures.md")
+def the_data_set_is_prepared_without_the_processor(patch: pytest.MonkeyPatch) -> None:
+    """Placeholders are tokenized and never expanded."""
+    _decided(patch, "skip_prepare_dataset", False)
+
+
+@mutant("quick-processor", case="V20/gemma4-dense/images/single", issue="model_architectures.md")
+def the_tokenizer_stands_for_the_processor(patch: pytest.MonkeyPatch) -> None:
+    """Batches have no pixels."""
+    _decided(patch, "processor_type", None)
+
+
+@mutant("quick-linear", case="P16/gemma4-moe/lora/single", issue="model_architectures.md")
+def every_linear_layer_is_adapted(patch: pytest.MonkeyPatch) -> None:
+    """Adapters go into towers that never get a gradient."""
+    _decided(patch, "lora_target_linear", True)
