@@ -9,11 +9,15 @@ labelled. Pictures of training and of testing share no (colour, cells) combinati
 
 from __future__ import annotations
 
-import math
+import argparse
 import random
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from html import escape
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +25,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from conformance.batches import IGNORE, Sample
-from conformance.case import ImageInputs, Model
+from conformance.case import Model
 
 CELL = 4  # pixels
 COLOURS = {
@@ -33,6 +37,8 @@ COLOURS = {
     "black": (20, 20, 20),
 }
 SHADE = 10
+BATCH = 16
+ABOUT = "Fine-tune a tiny model on captions of drawn pictures and print its loss curve."
 BACKGROUND = (128, 128, 128)
 MOST = 3
 # token ids, all of them text for every tiny model
@@ -130,7 +136,10 @@ def features(image: Image.Image, model: Model) -> Sample:
         return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, n, n]])}
     patches = pixels.reshape(n, p, n, p, 3).permute(0, 2, 1, 3, 4).reshape(1, n * n, -1)
     y, x = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
-    return {"pixel_values": patches, "image_position_ids": torch.stack([x, y], -1).reshape(1, -1, 2)}
+    return {
+        "pixel_values": patches,
+        "image_position_ids": torch.stack([x, y], -1).reshape(1, -1, 2),
+    }
 
 
 def sample(picture: Picture, model: Model, rng: random.Random) -> Sample:
@@ -161,16 +170,18 @@ def task(model: Model, count: int = 256, seed: int = 0) -> Task:
     unseen = [groups[keys[i % len(keys)]].pop() for i in range(UNSEEN)]
     train = [rng.choice(groups[keys[i % len(keys)]]) for i in range(count)]
     rng.shuffle(train)
-    return Task(
-        [sample(p, model, rng) for p in train], [sample(p, model, rng) for p in unseen]
-    )
+    return Task([sample(p, model, rng) for p in train], [sample(p, model, rng) for p in unseen])
 
 
 def train_head(model: nn.Module) -> None:
     """Train the output head and the last norm as well, whatever froze them."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    inner.get_output_embeddings().weight.requires_grad_(True)
-    norms = [p for name, p in model.named_parameters() if name.endswith("language_model.norm.weight")]
+    wrapped: Any = model
+    inner = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
+    head: Any = inner.get_output_embeddings()
+    head.weight.requires_grad_(True)
+    norms = [
+        p for name, p in model.named_parameters() if name.endswith("language_model.norm.weight")
+    ]
     for parameter in norms:
         parameter.requires_grad_(True)
 
@@ -225,3 +236,92 @@ def swapped(samples: Sequence[Sample]) -> list[Sample]:
         sample | {key: other[key] for key in pictures if key in other}
         for sample, other in zip(samples, [*samples[half:], *samples[:half]], strict=True)
     ]
+
+
+def learn(name: str, steps: int, adapters: bool = True) -> list[float]:
+    """Train a tiny model through the reference's `fit` (HF Trainer); the loss of each step.
+
+    adapters: LoRA, expert LoRA with the experts kernel where there are experts, with the head and
+    the last norm; otherwise the whole decoder. Towers are frozen. Raises ValueError for a model
+    that is none of `LEARNERS`.
+    """
+    from conformance import checkpoint
+    from conformance.families import MODELS
+    from conformance.implementations.reference import IMPLEMENTATION as reference
+    from conformance.settings import Setting
+
+    if name not in LEARNERS:
+        raise ValueError(f"captioning: model {name!r} is none of {', '.join(LEARNERS)}")
+    model = MODELS[name]
+    moe = "moe" in model.traits
+    tuning = ("lora-experts" if moe else "lora") if adapters else "full"
+    setting = Setting(tuning=tuning, batch="images", kernels="on" if moe else "off")
+    config = checkpoint.build_config(model)
+    plan = reference.plan(config, setting, "single", freeze_mm_modules=True)
+    ready = reference.prepare(reference.build(checkpoint.checkpoint(model), plan), plan)
+    try:
+        if adapters:
+            train_head(ready)
+        samples = task(model, BATCH * steps).train
+        rate = 1e-2 if adapters else 5e-3
+        done = reference.fit(ready, samples, plan, steps=steps, batch_size=BATCH, lr=rate)
+    finally:
+        reference.undo(ready)
+    return [float(row["loss"]) for row in done.state.log_history if "loss" in row]
+
+
+def curve_svg(losses: Sequence[float], title: str) -> str:
+    """The loss curve as a stand-alone SVG of 460 by 240 pixels, with the first and last
+    values beside it."""
+    width, height, edge = 460, 240, 40
+    top = max(losses)
+    points = " ".join(
+        f"{edge + i * (width - 2 * edge) / max(len(losses) - 1, 1):.1f},"
+        f"{height - edge - loss / top * (height - 2 * edge):.1f}"
+        for i, loss in enumerate(losses)
+    )
+    base = height - edge
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img"'
+        f' font-family="sans-serif" font-size="12"><title>{escape(title)}</title>'
+        f'<path d="M{edge} {edge}V{base}H{width - edge}" fill="none" stroke="#888"/>'
+        f'<polyline points="{points}" fill="none" stroke="#2563eb" stroke-width="2"/>'
+        f'<text x="{edge}" y="24">{escape(title)}</text>'
+        f'<text x="{edge - 4}" y="{edge + 4}" text-anchor="end">{top:.2f}</text>'
+        f'<text x="{width - edge}" y="{base - losses[-1] / top * (height - 2 * edge) - 8:.0f}"'
+        f' text-anchor="end">{losses[-1]:.2f}</text>'
+        f'<text x="{width / 2:.0f}" y="{height - 10}" text-anchor="middle">step</text></svg>\n'
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train, print the curve, and draw it on request; 0 when the loss ended below 1."""
+    parser = argparse.ArgumentParser(prog="python -m conformance.captioning", description=ABOUT)
+    parser.add_argument("--model", choices=LEARNERS, default="gemma4-moe")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--full", action="store_true", help="train the decoder, not adapters")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg")
+    options = parser.parse_args(arguments)
+    if options.steps < 1:
+        parser.error("--steps must be positive")
+    with redirect_stdout(sys.stderr):  # Trainer prints each step as a dict
+        losses = learn(options.model, options.steps, adapters=not options.full)
+    for step, loss in enumerate(losses):
+        if step % max(len(losses) // 25, 1) == 0 or step == len(losses) - 1:
+            print(f"{step + 1:5}  {loss:6.3f}  {'█' * round(loss * 10)}")
+    if options.plot:
+        title = f"{options.model}: captions, loss from {losses[0]:.2f} to {losses[-1]:.2f}"
+        try:
+            options.plot.write_text(curve_svg(losses, title))
+        except OSError as error:
+            print(f"--plot {options.plot}: {error.strerror}", file=sys.stderr)
+            return 2
+    return 0 if losses[-1] < 1.0 else 1
+
+
+if __name__ == "__main__":
+    import os
+
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    raise SystemExit(main())

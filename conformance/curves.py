@@ -27,7 +27,9 @@ if not ROOT.is_dir():  # in a checkout the fixtures lie beside the package
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
 
-def train(model: nn.Module, loss: Loss, batch_of: Callable[[int], Mapping[str, Tensor]]) -> Any:
+def train(
+    model: nn.Module, loss: Loss, batch_of: Callable[[int], Mapping[str, Tensor]]
+) -> list[float]:
     """The losses of `STEPS` AdamW steps, each before its step. batch_of: the batch of a step."""
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0
@@ -49,7 +51,8 @@ def plain_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     targets = batch["labels"][:, 1:]
     kept = targets != batches.IGNORE
     chosen = logits[:, :-1].log_softmax(-1)[kept].gather(-1, targets[kept][:, None])
-    return -chosen.mean()
+    mean: Tensor = -chosen.mean()
+    return mean
 
 
 def samples(model: Model, step: int) -> list[dict[str, Tensor]]:

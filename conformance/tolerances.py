@@ -156,11 +156,11 @@ _ROWS = (
     Tolerance("curve/mean Δ", 2e-4, 5.0e-5, "as above; gemma4-moe"),
     Tolerance(
         "curve/max Δ/linear-attention",
-        0.4,
-        0.16,
-        "as above, qwen3_next, in float64 too: rounding doubles in every step or two",
+        0.25,
+        0.095,
+        "as above, qwen3_next; 0.15 in float64: its rounding doubles in every step or two",
     ),
-    Tolerance("curve/mean Δ/linear-attention", 0.1, 0.04, "as above; qwen3_next"),
+    Tolerance("curve/mean Δ/linear-attention", 0.05, 0.018, "as above; qwen3_next"),
     Tolerance(
         "gradients/accumulated", 1e-4, 3.2e-5, "float32, packed against separate; gemma4-e2b lora"
     ),

@@ -1,4 +1,4 @@
-"""Optimisation: a known loss curve, one batch learnt by heart, and weights brought back to scale."""
+"""Optimisation: a known loss curve, one batch learnt by heart, weights back to scale."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RARE = 56  # steps between gradients of the layer that a rarely routed expert fe
 BETAS = (0.9, 0.7)  # β1² > β2: a gradient that stays away leaves a step that grows
 
 
-@check("B03", needs=("prepare", "collate", "loss"), settings=("-", "fp64"), marks=("training",))
+@check("B03", needs=("prepare", "collate", "loss"), marks=("training",))
 def test_loss_curve(case: Case, subject: Subject, measured: Measured) -> None:
     """Twenty AdamW steps give the committed loss curve of the unpatched class in float64.
 

@@ -48,7 +48,7 @@ def packed(model: nn.Module) -> set[str]:
 
 def held(model: nn.Module) -> list[Tensor]:
     """The packed bytes and the scales of their blocks, wherever they are kept."""
-    found = [p for p in model.parameters() if p.dtype == torch.uint8]
+    found: list[Tensor] = [p for p in model.parameters() if p.dtype == torch.uint8]
     found += [b for name, b in model.named_buffers() if name.endswith("absmax")]
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
@@ -112,7 +112,7 @@ def test_bytes_are_within_the_budget(
         canonical_name(name): p.numel()
         for name, p in stock.named_parameters()
         if name.startswith(layers)
-        and (p.dim() == 3 and "experts" in name or p.dim() == 2 and name.endswith("_proj.weight"))
+        and ("experts" in name if p.dim() == 3 else p.dim() == 2 and name.endswith("_proj.weight"))
     }
     names = packed(model)
     assert names, f"{case.id}: nothing is packed"

@@ -145,6 +145,7 @@ def fitted(model: nn.Module, subject: Subject) -> list[float]:
     settings=("images",),
     marks=("training", "vision"),
     nightly=True,
+    correctness=False,  # it takes half a minute; its mutants are those of V02 and V13
 )
 def test_unseen_captions(case: Case, subject: Subject, measured: Measured) -> None:
     """Captions of 64 unseen pictures are right, and at chance when the pictures are swapped.

@@ -1,4 +1,4 @@
-"""Bugs of whole trainings: B03, B04, V13 to V16, W01 to W03, Q01 to Q04, P12."""
+"""Bugs of whole trainings: B03, B04, V13 to V15, W01 to W03, Q01 to Q04, P12."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def half_the_tokens_are_learnt_as_noise(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutant(
-    "b180-frozen-head",
-    case="V13/gemma4-dense/lora+images/single",
-    issue="https://github.com/huggingface/transformers/issues/34625",
+    "b181-linear",
+    case="V13/gemma3-vlm/lora+images/single",
+    issue="https://docs.axolotl.ai/docs/multimodal.html",
 )
-def every_image_is_the_same(patch: pytest.MonkeyPatch) -> None:
+def towers_are_adapted(patch: pytest.MonkeyPatch) -> None:
     """Adapters are put into the towers as well, as `lora_target_linear` does."""
 
     def make(original: Any) -> Any:
         def planned(*args: Any, **options: Any) -> Any:
-            return original(*args, adapt_towers=True, lora_target_linear=True, **options)
+            return original(*args, **{**options, "adapt_towers": True, "lora_target_linear": True})
 
         return planned
 
@@ -97,19 +97,6 @@ def fit_drops_the_pixels(patch: pytest.MonkeyPatch) -> None:
         return collate
 
     around(patch, "impl.fit:collate", make)
-
-
-@mutant("b180-dark", case="V16/gemma3-vlm/images/single", issue="LlamaFactory#10372")
-def pictures_are_not_read(patch: pytest.MonkeyPatch) -> None:
-    """Captions are learnt without a picture, so that none fits an unseen one."""
-
-    def make(original: Any) -> Any:
-        def collate(samples: Any, *args: Any, **options: Any) -> Any:
-            return original(_dark(samples), *args, **options)
-
-        return collate
-
-    around(patch, "impl.collate:collate", make)
 
 
 @mutant("w01-lower-median", case="W01/-/-/-", issue="families.md §1.1")
@@ -217,3 +204,47 @@ def merging_forgets_the_adapters(patch: pytest.MonkeyPatch) -> None:
         return merge
 
     around(patch, "impl.checkpoints:merge", make)
+
+
+def _decided(patch: pytest.MonkeyPatch, key: str, wrong: Any) -> None:
+    def make(original: Any) -> Any:
+        def planned(*args: Any, **options: Any) -> Any:
+            from dataclasses import replace
+
+            plan = original(*args, **options)
+            decision = replace(plan.decisions[key], value=wrong)
+            return replace(plan, decisions={**plan.decisions, key: decision})
+
+        return planned
+
+    around(patch, "impl.plan:plan", make)
+
+
+@mutant("quick-columns", case="V17/gemma4-dense/images/single", issue="model_architectures.md")
+def unused_columns_are_removed(patch: pytest.MonkeyPatch) -> None:
+    """Trainer drops what the forward does not name, the pictures among it."""
+    _decided(patch, "remove_unused_columns", True)
+
+
+@mutant("quick-packing", case="V18/gemma4-dense/images/single", issue="model_architectures.md")
+def images_are_packed(patch: pytest.MonkeyPatch) -> None:
+    """Samples with pictures are put into one row."""
+    _decided(patch, "sample_packing", True)
+
+
+@mutant("quick-prepare", case="V19/gemma4-dense/images/single", issue="model_architectures.md")
+def the_data_set_is_prepared_without_the_processor(patch: pytest.MonkeyPatch) -> None:
+    """Placeholders are tokenized and never expanded."""
+    _decided(patch, "skip_prepare_dataset", False)
+
+
+@mutant("quick-processor", case="V20/gemma4-dense/images/single", issue="model_architectures.md")
+def the_tokenizer_stands_for_the_processor(patch: pytest.MonkeyPatch) -> None:
+    """Batches have no pixels."""
+    _decided(patch, "processor_type", None)
+
+
+@mutant("quick-linear", case="P16/gemma4-moe/lora/single", issue="model_architectures.md")
+def every_linear_layer_is_adapted(patch: pytest.MonkeyPatch) -> None:
+    """Adapters go into towers that never get a gradient."""
+    _decided(patch, "lora_target_linear", True)

@@ -1,0 +1,160 @@
+"""The settings of the VLM quick start, each by what goes wrong without it, and a wrong one."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from conformance import batches, captioning
+from conformance.case import Case
+from conformance.check import check
+from conformance.numerics import relative_error
+from conformance.subject import Subject
+
+Measured = dict[str, float]
+IMAGES: dict[str, Any] = {
+    "needs": ("plan",),
+    "models": captioning.LEARNERS,
+    "settings": ("images",),
+    "marks": ("vision",),
+}
+
+
+def value(subject: Subject, name: str) -> Any:
+    """What the plan says, None where it says nothing."""
+    decision = subject.plan().decisions.get(name)
+    return None if decision is None else decision.value
+
+
+def columns(model: nn.Module, remove: bool) -> set[str]:
+    """What a collator of HF Trainer is given of raw samples, under `remove_unused_columns`."""
+    seen: set[str] = set()
+
+    def collator(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        seen.update(rows[0])
+        return {"input_ids": torch.zeros(1, 1, dtype=torch.long)}
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder, remove_unused_columns=remove, use_cpu=True, report_to=[]
+        )
+        rows = [{"input_ids": [3], "messages": "two red shapes", "images": ["a picture"]}]
+        trainer = Trainer(model, arguments, collator, train_dataset=rows)  # type: ignore[arg-type]
+        next(iter(trainer.get_train_dataloader()))
+    return seen
+
+
+@check("V17", **IMAGES)
+def test_pictures_reach_the_collator(case: Case, subject: Subject, measured: Measured) -> None:
+    """`remove_unused_columns` is off: Trainer would drop pictures before the collator sees them.
+
+    model_architectures.md, VLM quick start
+    """
+    stock = subject.stock("float32")
+    assert "images" not in columns(stock, True), f"{case.id}: Trainer keeps the pictures anyway"
+    planned = value(subject, "remove_unused_columns")
+    kept = columns(stock, True if planned is None else bool(planned))
+    measured["columns"] = len(kept)
+    assert "images" in kept, f"{case.id}: with {planned} the collator sees {sorted(kept)} alone"
+
+
+@check("V18", **IMAGES)
+def test_pictures_are_not_packed(case: Case, subject: Subject, measured: Measured) -> None:
+    """Packing is off for images: right where the stock class leaks, merely cautious elsewhere.
+
+    Measured with eager attention: qwen3_5 leaks (0.83 of the logits), gemma3 and gemma4 do not.
+    model_architectures.md, VLM quick start
+    """
+    stock = subject.stock("float32")
+    samples = captioning.task(subject.model_spec, 2).train
+    alone = subject.eval_logits(stock, batches.stack(samples[1:]))[0]
+    try:
+        packed = subject.eval_logits(stock, batches.pack(samples))[0, len(samples[0]["labels"]) :]
+        measured["logits"] = relative_error(packed, alone).frobenius
+    except (ValueError, RuntimeError, IndexError):
+        measured["logits"] = 1.0  # the stock class does not even run
+    planned = value(subject, "sample_packing")
+    assert not planned, (
+        f"{case.id}: packing is {planned}; packed logits are off by {measured['logits']:.3g}"
+    )
+
+
+@check("V19", **IMAGES)
+def test_the_processor_prepares(case: Case, subject: Subject, measured: Measured) -> None:
+    """`skip_prepare_dataset` is on: rows tokenized before the processor have one placeholder.
+
+    model_architectures.md, VLM quick start
+    """
+    stock = subject.stock("float32")
+    sample = captioning.task(subject.model_spec, 1).train[0]
+    subject.eval_logits(stock, batches.stack([sample]))
+    spec = subject.model_spec.images
+    assert spec is not None
+    image = (sample["input_ids"] == spec.token_id).nonzero().flatten()
+    kept = [i for i in range(len(sample["input_ids"])) if i not in set(image[1:].tolist())]
+    per_token = ("input_ids", "labels", spec.type_ids)
+    early = {k: v[kept] if k in per_token else v for k, v in sample.items()}
+    measured["placeholders"], measured["tokens"] = 1, len(image)
+    try:
+        subject.eval_logits(stock, batches.stack([early]))
+    except (ValueError, RuntimeError):
+        planned = value(subject, "skip_prepare_dataset")
+        assert planned, f"{case.id}: skip_prepare_dataset is {planned}, and such rows fail"
+        return
+    raise AssertionError(f"{case.id}: one placeholder for {len(image)} features was accepted")
+
+
+@check("V20", **IMAGES)
+def test_the_processor_is_named(case: Case, subject: Subject, measured: Measured) -> None:
+    """`processor_type` is set: by a tokenizer alone, two pictures give one and the same loss.
+
+    model_architectures.md, VLM quick start
+    """
+    stock = subject.stock("float32")
+    rows = captioning.task(subject.model_spec, 2).train
+    first, second = batches.stack(rows[:1]), batches.stack(captioning.swapped(rows)[:1])
+    pixels = {"pixel_values", "image_position_ids", "image_grid_thw"}
+    seen = (subject.eval_logits(stock, first) - subject.eval_logits(stock, second)).abs().max()
+    measured["moved by the picture"] = float(seen)
+    assert seen > 0, f"{case.id}: another picture moves nothing"
+    text = [{k: v for k, v in b.items() if k not in pixels} for b in (first, second)]
+    assert all(torch.equal(text[0][k], text[1][k]) for k in text[0]), f"{case.id}: other text"
+    planned = value(subject, "processor_type")
+    assert planned, f"{case.id}: processor_type is {planned}: the batches have no pixels"
+
+
+@check(
+    "P16",
+    needs=("plan",),
+    models=captioning.LEARNERS,
+    settings=("lora",),
+    marks=("vision",),
+)
+def test_adapting_every_linear_layer_is_wrong(
+    case: Case, subject: Subject, measured: Measured
+) -> None:
+    """LoRA on every linear layer adapts towers, without a gradient on text, and leaves experts out.
+
+    model_architectures.md, Common Issues
+    """
+    from peft import LoraConfig, get_peft_model
+
+    frozen = set(subject.model_spec.freeze)
+    model: Any = get_peft_model(
+        subject.stock("float32"), LoraConfig(r=2, target_modules="all-linear")
+    )
+    subject.plan()
+    batch = batches.stack(batches.samples(subject.model_spec, "text"))
+    model(**batch, use_cache=False).loss.backward()
+    lora = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    idle = [n for n, p in lora.items() if p.grad is None]
+    measured["adapters"], measured["without a gradient"] = len(lora), len(idle)
+    measured["on experts"] = sum("experts" in n and "shared" not in n for n in lora)
+    assert idle and all(frozen & set(n.split(".")) for n in idle), f"{case.id}: idle: {idle[:2]}"
+    assert not measured["on experts"], f"{case.id}: all-linear reaches the experts here"
+    planned = value(subject, "lora_target_linear")
+    assert not planned, f"{case.id}: lora_target_linear is {planned}: {len(idle)} idle adapters"
