@@ -42,9 +42,22 @@ def honours_item_count(model: nn.Module) -> bool:
     finally:
         for module, training in modes:
             module.training = training
+        _reshard(model)
     one, seventh, half = float(whole), float(part), float(mean)
     close = 8 * torch.finfo(whole.dtype).eps * abs(one)
     return abs(one - 7 * seventh) <= 7 * close and abs(one - 2 * half) <= 2 * close
+
+
+def _reshard(model: nn.Module) -> None:
+    """Give back the whole weights that a forward without backward leaves in place of the shards.
+
+    Freezing, or an optimizer, would take those for the model's parameters, and train nothing.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _three_text_tokens(model: nn.Module) -> torch.Tensor:
