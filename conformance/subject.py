@@ -114,7 +114,7 @@ class Subject:
         if key not in _built:
             path = checkpoint.checkpoint(spec, "float32")
             if self.claims("build"):
-                model = self.impl.build(path, plan)
+                model: nn.Module = self.impl.build(path, plan)
             else:
                 model = checkpoint.build_stock(spec, DTYPES[setting.dtype])
             model = model.to(self.device)

@@ -106,7 +106,11 @@ _ROWS = (
         "logits/golden", 4e-6, 1.8e-6, "float32, eager then, sdpa now; gemma4-moe of peft 0.18.1"
     ),
     Tolerance(
-        "parameters/golden", 1e-6, 2e-7, "float32 LoRA factors, two AdamW steps after a kept state"
+        "parameters/golden",
+        1e-6,
+        1.2e-7,
+        "float32 LoRA factors, two AdamW steps after a kept state: 0.0 on one machine with 5.5, 5.17"
+        " and 5.23; one unit in the last place is left to other processors",
     ),
     Tolerance("logits/merged", 1e-4, 2.6e-5, "float32, W + s·B·A folded; worst is gemma4-moe"),
     Tolerance("logits/reordered", 2e-5, 6e-6, "float32, rows of a batch in another order"),
