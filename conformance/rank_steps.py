@@ -155,7 +155,7 @@ def auxiliary(job: Job) -> Seen:
 def expert_steps(job: Job, steps: int = 4) -> Seen:
     """Several AdamW steps while fresh memory is filled with NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
         setting = job.subject.case.setting
         model, samples = job.model(setting), job.samples()

@@ -189,7 +189,7 @@ def parameters_of(model: nn.Module, trainable: bool = False) -> Tensors:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part."""
-    part: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
+    part: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     found: Tensor = part
     return found
 
@@ -232,7 +232,7 @@ def clip(subject: Subject, model: nn.Module, limit: float) -> float:
 
 
 @contextlib.contextmanager
-def no_sync(subject: Subject, model: nn.Module) -> Iterator[None]:
+def no_sync(subject: Subject, model: Any) -> Iterator[None]:
     """Backward passes that reduce nothing: by the implementation, or as torch spells it."""
     own = getattr(subject.impl, "no_sync", None)
     if own is not None:

@@ -252,7 +252,7 @@ def save_spread(model: nn.Module, directory: Path) -> None:
     All ranks call it. A model that transformers sharded while loading is written by its own
     `save_pretrained`, which gathers.
     """
-    from .checkpoints import mend_file
+    from .adapter_layout import mend_file
     from .model_facts import is_adapted
 
     inner: Any = unwrap(model)

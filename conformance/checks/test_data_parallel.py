@@ -1,4 +1,4 @@
-"""Data parallel against one process: DDP, FSDP1, FSDP2 and hybrid; what each rank holds and does."""
+"""Data parallel against one process: DDP, FSDP1, FSDP2, hybrid; what each rank holds and does."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -12,6 +12,7 @@ from conformance.case import Case
 from conformance.check import check
 from conformance.evidence import assert_number, assert_parity, assert_step, row_of
 from conformance.numerics import assert_equal, relative_error, worst
+from conformance.spread import parameters_of
 from conformance.subject import Subject
 from conformance.tolerances import tolerance
 
@@ -167,18 +168,17 @@ def test_adapter_is_gathered(case: Case, subject: Subject, measured: Measured) -
     settings=("-", "lora"),
     strategies=("ddp", "fsdp2"),
 )
-def test_resuming_in_another_world(
-    case: Case, subject: Subject, measured: Measured, tmp_path: Path
-) -> None:
+def test_resuming_in_another_world(case: Case, subject: Subject, measured: Measured) -> None:
     """What two ranks trained and saved goes on in one process with the same weights.
 
     https://github.com/axolotl-ai-cloud/axolotl/pull/3444
     """
-    saving = partial(rank_steps.train_and_save, folder=str(tmp_path))
-    want = evidence.run(subject, saving)[0]["parameters"]
-    resuming = partial(rank_steps.resume_and_step, folder=str(tmp_path))
-    seen = evidence.run_alone(subject, resuming)
-    fresh = rank_steps.parameters_of(subject.model(), trainable=True)
+    with TemporaryDirectory(prefix="conformance-resumed-") as folder:
+        saving = partial(rank_steps.train_and_save, folder=folder)
+        want = evidence.run(subject, saving)[0]["parameters"]
+        resuming = partial(rank_steps.resume_and_step, folder=folder)
+        seen = evidence.run_alone(subject, resuming)
+    fresh = parameters_of(subject.model(), trainable=True)
     moved = [name for name in want if not torch.equal(want[name], fresh[name])]
     assert moved, f"{case.id}: the step changed nothing, so nothing is shown"
     lost = sorted(set(want) ^ set(seen["parameters"]))

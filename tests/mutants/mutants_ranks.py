@@ -1,4 +1,4 @@
-"""Bugs that live in ranks: the adapters of `rank_adapters.py`, and those of the ranks themselves."""
+"""Bugs that live in ranks: the adapters of `rank_adapters.py`, and some of the ranks themselves."""
 
 from __future__ import annotations
 
