@@ -45,15 +45,18 @@ def half_the_tokens_are_learnt_as_noise(patch: pytest.MonkeyPatch) -> None:
     issue="https://docs.axolotl.ai/docs/multimodal.html",
 )
 def towers_are_adapted(patch: pytest.MonkeyPatch) -> None:
-    """Adapters are put into the towers as well, as `lora_target_linear` does."""
+    """Bare names of projections reach the towers too, where nothing learns."""
 
     def make(original: Any) -> Any:
-        def planned(*args: Any, **options: Any) -> Any:
-            return original(*args, **{**options, "adapt_towers": True, "lora_target_linear": True})
+        def prepared(model: Any, plan: Any) -> Any:
+            from dataclasses import replace
 
-        return planned
+            lora = replace(plan.lora, target_modules=r".*\.(q|v)_proj")
+            return original(model, replace(plan, lora=lora))
 
-    around(patch, "impl.plan:plan", make)
+        return prepared
+
+    around(patch, "impl.prepare:prepare", make)
 
 
 @mutant(
