@@ -146,9 +146,10 @@ class StockTransformers:
                 "state_dict_type": "FULL_STATE_DICT",
                 "cpu_ram_efficient_loading": bool(options.get("cpu_ram_efficient_loading")),
             }
-            found["fsdp_config"] = StockDecision(
-                value, "accelerate wraps the model's `_no_split_modules` when no class is named"
-            )
+            reason = "accelerate wraps the model's `_no_split_modules` when no class is named"
+            found["fsdp_config"] = StockDecision(value, reason)
+            classes = value["fsdp_transformer_layer_cls_to_wrap"]
+            found["fsdp_transformer_layer_cls_to_wrap"] = StockDecision(classes, reason)
         return found
 
     def build(self, path: Path, plan: StockPlan, mesh: Any = None) -> Any:
@@ -273,10 +274,14 @@ class StockTransformers:
         spread.save(model, path)
 
     def load(self, model: Any, path: Path) -> Any:
-        """`PeftModel.from_pretrained`, or the model's own class."""
+        """`PeftModel.from_pretrained`, into the same adapters again as Trainer resumes, or the
+        model's own class."""
         import peft
 
         if (Path(path) / "adapter_config.json").exists():
+            if isinstance(model, peft.PeftModel):
+                model.load_adapter(str(path), model.active_adapter, is_trainable=True)
+                return model
             return peft.PeftModel.from_pretrained(model, path, is_trainable=True)
         return type(model).from_pretrained(path, dtype=model.dtype)
 
