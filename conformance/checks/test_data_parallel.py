@@ -286,9 +286,15 @@ def test_images_on_one_rank_only(case: Case, subject: Subject, measured: Measure
 
     https://github.com/NVIDIA-NeMo/Automodel/issues/2566
     """
-    seen = evidence.run(subject, rank_steps.images_on_one_rank, timeout=30.0)
-    whole = evidence.run_alone(subject, rank_steps.images_on_one_rank)
-    assert [rank["images"] > 0 for rank in seen] == [True, False], f"{case.id}: images {seen}"
+    options = {"freeze_mm_modules": False}
+    seen = evidence.run(subject, rank_steps.images_on_one_rank, options, timeout=30.0)
+    whole = evidence.run_alone(subject, rank_steps.images_on_one_rank, options)
+    towers = subject.model_spec.freeze
+    fed = [n for n in whole["gradients"] if set(n.split(".")) & set(towers)]
+    assert fed, f"{case.id}: no weight of {towers} has a gradient"
+    assert [rank["images"] > 0 for rank in seen] == [True, False], (
+        f"{case.id}: images on other ranks"
+    )
     row = tolerance("gradients/images on a rank", subject.model_spec.traits)
     assert_parity(subject, seen[0]["gradients"], whole["gradients"], row, measured, "gradients")
 
