@@ -45,14 +45,14 @@ def half_the_tokens_are_learnt_as_noise(patch: pytest.MonkeyPatch) -> None:
     issue="https://docs.axolotl.ai/docs/multimodal.html",
 )
 def towers_are_adapted(patch: pytest.MonkeyPatch) -> None:
-    """Bare names of projections reach the towers too, where nothing learns."""
+    """Bare names of projections reach the towers, which are not frozen either."""
 
     def make(original: Any) -> Any:
         def prepared(model: Any, plan: Any) -> Any:
             from dataclasses import replace
 
             lora = replace(plan.lora, target_modules=r".*\.(q|v)_proj")
-            return original(model, replace(plan, lora=lora))
+            return original(model, replace(plan, lora=lora, freeze=()))
 
         return prepared
 
