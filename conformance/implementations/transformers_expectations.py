@@ -137,7 +137,7 @@ _WRAPPED = (
 )
 SHARDING = (
     *_each(
-        tuple(f"X06/{model}/-/fsdp2" for model in _ABSENT) + ("I0[49]/*/fsdp2",),
+        (*(f"X06/{model}/-/fsdp2" for model in _ABSENT), "I0[49]/*/fsdp2"),
         _WRAP,
         f"{_TRANSFORMERS}/37672",
     ),
