@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from conformance.expectation import Expectation
 from conformance.implementations.transformers_history import HISTORY
-from conformance.ranks import RankFailed
+from conformance.ranks import RankFailed, RanksTimeout
 
 _TRANSFORMERS = "https://github.com/huggingface/transformers/issues"
 _PEFT = "https://github.com/huggingface/peft/issues"
@@ -174,6 +174,13 @@ DATA_PARALLEL = (
         f"{_AXOLOTL}/3584",
         (RankFailed,),
     ),
+    *_each(
+        ("V10/gemma4-[eu]*/-/fsdp2", "V10/qwen3_5/-/fsdp2", "V10/qwen3_5_moe/-/fsdp2"),
+        "accelerate wraps the layers of towers too; a rank without images never gathers them, so"
+        " the ranks' collectives no longer match",
+        "https://github.com/NVIDIA-NeMo/Automodel/issues/2566",
+        (RankFailed, RanksTimeout),
+    ),
     Expectation(
         "R13/*",
         "the auxiliary loss of each rank is added whole, whatever its share of the labels",
@@ -207,19 +214,41 @@ EXPERT_PARALLEL = (
         f"{_TRANSFORMERS}/45621",
     ),
 )
+_TENSOR = "https://github.com/huggingface/transformers/blob/main/src/transformers/distributed/"
 TENSOR_PARALLEL = (
     *_each(
-        ("F12/gemma4-moe/-/tp_ep", "F12/qwen3*/-/tp_ep"),
-        "the hook that sums the partial gradients of q_norm and k_norm runs after accumulation:"
-        " with a second micro-batch it sums the first one's again",
-        "https://github.com/huggingface/transformers/blob/main/src/transformers/distributed/"
-        "tensor_parallel.py",
+        ("[FL]*/gemma4-e[24]b/*/tp",),
+        "the plan shards only part of what per-layer inputs pass through: sharded and plain tensors"
+        " meet in one operation",
+        f"{_TRANSFORMERS}/39648",
+        (RankFailed,),
     ),
     *_each(
-        ("F14/*/tp_ep",),
-        "TPADAPT",
-        f"{_TRANSFORMERS}/45621",
+        ("F07/gemma3n/-/tp", "F1[1235]/gemma3n/-/tp", "L05/gemma3n/-/tp"),
+        "activation sparsity takes mean and deviation over a rank's own part of the features",
+        f"{_TRANSFORMERS}/39648",
+    ),
+    *_each(
+        (
+            "F12/gemma[34]-[dmtuv]*/-/tp",
+            "F12/qwen3*/-/tp",
+            "F12/gemma4-moe/-/tp_ep",
+            "F12/qwen3*/-/tp_ep",
+        ),
+        "the hook that sums the partial gradients of q_norm and k_norm runs after accumulation:"
+        " with a second micro-batch it sums the first one's again",
+        f"{_TENSOR}tensor_parallel.py",
+    ),
+    *_each(
+        ("F14/*/tp", "F14/*/tp_ep", "C08/*/lora-experts/tp", "C08/mixtral/lora/tp"),
+        "PEFT adds adapters of the whole weight's shape to weights that were sharded while loading",
+        f"{_AXOLOTL}/3779",
         (RankFailed,),
+    ),
+    Expectation(
+        "C08/qwen3_5_moe/lora/tp",
+        "the adapter on a sharded weight is saved as the rank's part of it",
+        f"{_AXOLOTL}/3779",
     ),
 )
 CHECKPOINTS = _each(
