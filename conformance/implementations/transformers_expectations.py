@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from conformance.expectation import Expectation
 from conformance.implementations.transformers_history import HISTORY
+from conformance.ranks import RankFailed, RanksTimeout
 
 _TRANSFORMERS = "https://github.com/huggingface/transformers/issues"
 _PEFT = "https://github.com/huggingface/peft/issues"
@@ -123,11 +124,132 @@ EXPERTS = (
         f"{_AXOLOTL}/3651",
     ),
 )
-SHARDING = _each(
-    ("X06/gemma4-[dmt]*/-/fsdp2", "X06/gemma3-vlm/-/fsdp2", "X06/qwen3_5*-text/-/fsdp2"),
+_ABSENT = "gemma4-[dmt]*", "gemma3-vlm", "qwen3_5*-text"
+_WRAP = (
     "L18: when no class is named, accelerate wraps all of `_no_split_modules`, which lists classes"
-    " that this model does not have, and raises",
-    f"{_TRANSFORMERS}/37672",
+    " that this model does not have, and raises"
+)
+_WRAPPED = (
+    *(f"[FL]*/{model}/*/fsdp[12]" for model in _ABSENT),
+    *(f"[FL]*/{model}/*/hsdp" for model in _ABSENT),
+    *(f"V10/{model}/*/fsdp2" for model in ("gemma4-[dm]*", "gemma3-vlm")),
+    *(f"C0[89]/{model}/*/fsdp2" for model in ("gemma4-moe", "gemma3-vlm")),
+)
+SHARDING = (
+    *_each(
+        (*(f"X06/{model}/-/fsdp2" for model in _ABSENT), "I0[49]/*/fsdp2"),
+        _WRAP,
+        f"{_TRANSFORMERS}/37672",
+    ),
+    *_each(
+        _WRAPPED,
+        _WRAP,
+        f"{_TRANSFORMERS}/37672",
+        (RankFailed,),
+    ),
+    *_each(
+        ("F02/gemma4-[eu]*/-/fsdp1", "F02/qwen3_5/-/fsdp1", "F02/qwen3_5_moe/-/fsdp1"),
+        "FSDP1 gives every weight of a flat parameter a gradient, zeros where nothing was fed: the"
+        " optimizer's weight decay then shrinks towers that text never reached",
+        "https://pytorch.org/docs/stable/fsdp.html",
+    ),
+    Expectation(
+        "I08/*",
+        "L19: FSDP1 stores gradients of frozen weights; nothing declines it for adapters",
+        f"{_AXOLOTL}/3597",
+    ),
+    *_each(
+        ("F14/mixtral/*/fsdp1", "F14/qwen3_5_moe/lora-experts/fsdp1"),
+        "PEFT adapts expert weights, and on fused experts by its own map, through a"
+        " parametrization; FSDP1's views of its flat parameter may not be changed in place there",
+        "https://github.com/huggingface/peft/blob/main/src/peft/tuners/lora/layer.py",
+        (RankFailed,),
+    ),
+)
+DATA_PARALLEL = (
+    Expectation(
+        "I02/*",
+        "L25: Trainer does not look for unused parameters if a plain model is checkpointed, which"
+        " ends DDP on the second step where towers are not fed",
+        f"{_AXOLOTL}/3584",
+        (RankFailed,),
+    ),
+    *_each(
+        ("V10/gemma4-[eu]*/-/fsdp2", "V10/qwen3_5/-/fsdp2", "V10/qwen3_5_moe/-/fsdp2"),
+        "accelerate wraps the layers of towers too; a rank without images never gathers them, so"
+        " the ranks' collectives no longer match",
+        "https://github.com/NVIDIA-NeMo/Automodel/issues/2566",
+        (RankFailed, RanksTimeout),
+    ),
+    Expectation(
+        "R13/*",
+        "the auxiliary loss of each rank is added whole, whatever its share of the labels",
+        f"{_TRANSFORMERS}/34191",
+    ),
+)
+EXPERT_PARALLEL = (
+    *_each(
+        tuple(f"{check}/gemma4-moe/*/fsdp2_ep" for check in ("F*", "L04", "C08")),
+        "L9: the expert plan also names the dense layers, which FSDP shards over the same ranks",
+        f"{_TRANSFORMERS}/45621",
+        (RankFailed,),
+    ),
+    *_each(
+        ("F08/mixtral/-/fsdp2_ep", "F08/qwen*/-/fsdp2_ep"),
+        "in float64 and float16 torch applies FSDP2's divide factor twice where the experts' shard"
+        " group has one rank: expert gradients are half of what they should be",
+        "https://github.com/pytorch/pytorch/blob/main/torch/distributed/fsdp/_fully_shard/"
+        "_fsdp_collectives.py",
+    ),
+    *_each(
+        ("F14/mixtral/*/fsdp2_ep", "F14/*/lora-experts/fsdp2_ep"),
+        "PEFT adds a plain adapter to expert weights that are sharded: mixed tensors",
+        f"{_TRANSFORMERS}/45621",
+        (RankFailed,),
+    ),
+    Expectation(
+        "F14/qwen3_5_moe/lora/fsdp2_ep",
+        "adapters come after the sharding while loading, so nothing reduces their gradients over"
+        " the ranks",
+        f"{_TRANSFORMERS}/45621",
+    ),
+)
+_TENSOR = "https://github.com/huggingface/transformers/blob/main/src/transformers/distributed/"
+TENSOR_PARALLEL = (
+    *_each(
+        ("[FL]*/gemma4-e[24]b/*/tp",),
+        "the plan shards only part of what per-layer inputs pass through: sharded and plain tensors"
+        " meet in one operation",
+        f"{_TRANSFORMERS}/39648",
+        (RankFailed,),
+    ),
+    *_each(
+        ("F07/gemma3n/-/tp", "F1[1235]/gemma3n/-/tp", "L05/gemma3n/-/tp"),
+        "activation sparsity takes mean and deviation over a rank's own part of the features",
+        f"{_TRANSFORMERS}/39648",
+    ),
+    *_each(
+        (
+            "F12/gemma[34]-[dmtuv]*/-/tp",
+            "F12/qwen3*/-/tp",
+            "F12/gemma4-moe/-/tp_ep",
+            "F12/qwen3*/-/tp_ep",
+        ),
+        "the hook that sums the partial gradients of q_norm and k_norm runs after accumulation:"
+        " with a second micro-batch it sums the first one's again",
+        f"{_TENSOR}tensor_parallel.py",
+    ),
+    *_each(
+        ("F14/*/tp", "F14/*/tp_ep", "C08/*/lora-experts/tp", "C08/mixtral/lora/tp"),
+        "PEFT adds adapters of the whole weight's shape to weights that were sharded while loading",
+        f"{_AXOLOTL}/3779",
+        (RankFailed,),
+    ),
+    Expectation(
+        "C08/qwen3_5_moe/lora/tp",
+        "the adapter on a sharded weight is saved as the rank's part of it",
+        f"{_AXOLOTL}/3779",
+    ),
 )
 CHECKPOINTS = _each(
     (
@@ -216,6 +338,9 @@ EXPECTATIONS: tuple[Expectation, ...] = (
     *LOSS,
     *EXPERTS,
     *SHARDING,
+    *DATA_PARALLEL,
+    *EXPERT_PARALLEL,
+    *TENSOR_PARALLEL,
     *CHECKPOINTS,
     *ADAPTERS,
 )
