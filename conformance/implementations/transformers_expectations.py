@@ -218,8 +218,8 @@ _TENSOR = "https://github.com/huggingface/transformers/blob/main/src/transformer
 TENSOR_PARALLEL = (
     *_each(
         ("[FL]*/gemma4-e[24]b/*/tp",),
-        "the plan shards only part of what per-layer inputs pass through: sharded and plain tensors"
-        " meet in one operation",
+        "for per-layer inputs the padding's embedding is read from the sharded table by hand, and"
+        " meets plain tensors in `where`",
         f"{_TRANSFORMERS}/39648",
         (RankFailed,),
     ),
@@ -241,7 +241,8 @@ TENSOR_PARALLEL = (
     ),
     *_each(
         ("F14/*/tp", "F14/*/tp_ep", "C08/*/lora-experts/tp", "C08/mixtral/lora/tp"),
-        "PEFT adds adapters of the whole weight's shape to weights that were sharded while loading",
+        "PEFT adds adapters of the whole weight's shape to weights that were sharded while loading;"
+        " its wrapper of experts lacks the `weight` that the sharded forward reads",
         f"{_AXOLOTL}/3779",
         (RankFailed,),
     ),
