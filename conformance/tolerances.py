@@ -109,7 +109,7 @@ _ROWS = (
         "parameters/golden",
         1e-6,
         1.2e-7,
-        "float32 LoRA factors, two AdamW steps after a kept state: 0.0 on one machine with 5.5, 5.17"
+        "float32 LoRA factors, two AdamW steps after a kept state: 0 on one machine with 5.5, 5.17"
         " and 5.23; one unit in the last place is left to other processors",
     ),
     Tolerance("logits/merged", 1e-4, 2.6e-5, "float32, W + s·B·A folded; worst is gemma4-moe"),

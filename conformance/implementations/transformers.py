@@ -51,6 +51,10 @@ class StockTransformers:
                     checks=frozenset({"V06", "V12"}),
                 ),
                 Exclusion(
+                    "the stock stack plans no data set settings; a user knows them or not",
+                    checks=frozenset({"V17", "V19", "V20"}),
+                ),
+                Exclusion(
                     "the stock stack takes the checkpointing mode that it is given, and says so"
                     " nowhere: what that does to shared keys and values is M05's",
                     checks=frozenset({"X08"}),
