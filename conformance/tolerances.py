@@ -97,6 +97,12 @@ _ROWS = (
     ),
     Tolerance("bfloat16/mixed precision", 0.1, 0.05, "sharded against one process; gemma4-e2b"),
     Tolerance("loss/trained", 3e-6, 7.6e-7, "float32, after two steps of SGD; gemma4-moe tp"),
+    Tolerance(
+        "loss/trained/linear-attention",
+        2e-5,
+        5.5e-6,
+        "as above; qwen3_next tp_ep (hsdp 3.6e-6), whose gradients are as noisy as their own row",
+    ),
     Tolerance("norm/spread", 6e-5, 1.9e-5, "float32 global norm; gemma4-text tp"),
     Tolerance("gradients/reduced twice", 1e-6, 1.3e-7, "float32, two reductions for one"),
     Tolerance(

@@ -205,7 +205,7 @@ def test_evaluation_after_training(case: Case, subject: Subject, measured: Measu
     """
     seen = evidence.evidence(subject)
     assert seen.single.evaluated != seen.single.loss, f"{case.id}: two steps changed nothing"
-    row = tolerance("loss/trained")
+    row = tolerance("loss/trained", subject.model_spec.traits)
     assert_number(subject, seen.first.evaluated, seen.single.evaluated, row, measured, "loss")
 
 
