@@ -128,6 +128,8 @@ def launched() -> None:
 
 def parent() -> None:
     """A parent that is going to be killed or interrupted while its ranks sleep."""
+    # a background job of a shell without job control inherits an ignored SIGINT
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from conformance import ranks
 
     ranks.preload((), base=("torch", "torch.distributed", "conformance.rank_process"))
