@@ -111,6 +111,11 @@ def unknown_keys_are_dropped(patch: pytest.MonkeyPatch) -> None:
 )
 def expert_factors_are_turned_on_loading(patch: pytest.MonkeyPatch) -> None:
     """lora_B of expert weights is read in the order of another layout."""
+    order_changed(patch)
+
+
+def order_changed(patch: pytest.MonkeyPatch) -> None:
+    """Columns of lora_B of expert weights arrive in the opposite order."""
 
     def make(original: Any) -> Any:
         def from_disk(adapted: Any, tensors: Any) -> Any:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
 
 import pytest
 
 from tests.mutants import mutant
+from tests.mutants.mutants_checkpoints import order_changed
 from tests.mutants.mutants_forward import around
 
 
@@ -27,23 +27,6 @@ def old_keys_are_passed_over(patch: pytest.MonkeyPatch) -> None:
 def old_expert_factors_are_taken_as_they_lie(patch: pytest.MonkeyPatch) -> None:
     """lora_B of expert weights is read in the order of another layout."""
     order_changed(patch)
-
-
-def order_changed(patch: pytest.MonkeyPatch) -> None:
-    """Columns of lora_B of expert weights arrive in the opposite order."""
-
-    def make(original: Any) -> Any:
-        def from_disk(adapted: Any, tensors: Any) -> Any:
-            return {
-                name: value.flip(1).contiguous()
-                if ".experts." in name and "lora_B" in name
-                else value
-                for name, value in original(adapted, tensors).items()
-            }
-
-        return from_disk
-
-    around(patch, "impl.checkpoints:from_disk", make)
 
 
 @mutant(
