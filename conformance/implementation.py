@@ -132,6 +132,9 @@ class Implementation(Protocol):
     def build(self, path: Path, plan: TrainingPlan, mesh: Any = None) -> nn.Module:
         """The model of a checkpoint directory as the stack loads it (class, dtype, quantisation;
         sharded over `mesh` where the stack shards while loading).
+
+        An adapter may also have `build_key(plan)`: what `build` reads of a plan. The suite copies
+        a model that was built by an equal key; without it, every setting loads its own.
         """
 
     def prepare(self, model: nn.Module, plan: TrainingPlan) -> nn.Module:

@@ -1,13 +1,13 @@
 """The matrix: which cases a check is asked over (a pure function of data, no torch).
 
 Every check runs on every model that has its traits in its own settings. The rest is a covering
-array: each pair of values of two dimensions of `settings.DIMENSIONS` (and, per model, of a
-dimension and a strategy) occurs in at least one row. A full product would be 60,000 cases and more.
+array for each family: each pair of values of two dimensions of `settings.DIMENSIONS`, and of a
+dimension and a model, occurs in at least one row. A full product would be 60,000 cases and more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import cache
 from itertools import combinations, product
 
@@ -15,6 +15,8 @@ from conformance.case import Case, Check, Model
 from conformance.families import MODELS
 from conformance.settings import DIMENSIONS, Setting
 from conformance.strategies import STRATEGIES, Strategy
+
+Row = tuple[str, Setting]  # a model's name and a setting
 
 # Delicate combinations that history names, asked wherever they apply, besides the pairs.
 BY_HAND: tuple[str, ...] = (
@@ -36,36 +38,55 @@ def coherent(setting: Setting) -> bool:
 
 @cache
 def covering_settings(
-    dimensions: tuple[str, ...], traits: frozenset[str], full: bool = False
-) -> tuple[Setting, ...]:
-    """Settings that cover every pair of values of the dimensions, greedily and deterministically.
+    dimensions: tuple[str, ...], family: tuple[Model, ...], full: bool = False
+) -> dict[str, tuple[Setting, ...]]:
+    """Settings for each model of a family, by name, greedily and deterministically.
 
+    Every pair of values of two dimensions, and of a dimension and a model, occurs in the family;
+    each model has the default setting and every combination of `BY_HAND` that applies to it.
     full: the whole product instead.
     """
     names = tuple(name for name in DIMENSIONS if name in dimensions)
     candidates = [
-        setting
+        (model.name, setting)
         for values in product(*(DIMENSIONS[name] for name in names))
+        for model in family
         if coherent(setting := Setting(**dict(zip(names, values, strict=True))))
-        and setting.applies_to(traits)
+        and setting.applies_to(model.traits)
     ]
-    if full or len(names) < 2:
-        return tuple(candidates)
-    pairs = {s: frozenset(_pairs(s, names)) for s in candidates}
-    missing = set().union(*pairs.values()) if pairs else set()
-    chosen: list[Setting] = []
+    rows = candidates
+    if not full and len(names) > 1:
+        by_hand = [Setting(), *(Setting.parse(text) for text in BY_HAND)]
+        asked = [row for row in candidates if row[1] in by_hand]
+        rows = [*asked, *_cover(candidates, asked, names)]
+    return {m.name: tuple(s for name, s in rows if name == m.name) for m in family}
+
+
+def _cover(candidates: Sequence[Row], given: Sequence[Row], names: Sequence[str]) -> list[Row]:
+    """Rows that, with the given ones, hold every pair: for the first pair that is missing, the
+    candidate that holds most of the missing ones."""
+    pairs = {row: frozenset(_pairs(row, names)) for row in candidates}
+    holders: dict[Hashable, list[Row]] = {}
+    for row in candidates:
+        for pair in pairs[row]:
+            holders.setdefault(pair, []).append(row)
+    missing = dict.fromkeys(pair for row in candidates for pair in _pairs(row, names))
+    chosen: list[Row] = []
+    for row in given:
+        for pair in pairs[row]:
+            missing.pop(pair, None)
     while missing:
-        best = max(candidates, key=lambda s: len(pairs[s] & missing))
-        missing -= pairs[best]
+        best = max(holders[next(iter(missing))], key=lambda row: len(pairs[row] & missing.keys()))
+        for pair in pairs[best]:
+            missing.pop(pair, None)
         chosen.append(best)
-    by_hand = (Setting.parse(text) for text in BY_HAND)
-    extra = [s for s in by_hand if s.applies_to(traits) and s.dimensions <= set(names)]
-    return tuple(dict.fromkeys([*chosen, *extra]))
+    return chosen
 
 
-def _pairs(setting: Setting, names: Sequence[str]) -> Iterator[tuple[str, str, str, str]]:
-    for a, b in combinations(names, 2):
-        yield a, getattr(setting, a), b, getattr(setting, b)
+def _pairs(row: Row, names: Sequence[str]) -> Iterator[Hashable]:
+    model, setting = row
+    values = [("model", model), *((name, getattr(setting, name)) for name in names)]
+    yield from combinations(values, 2)
 
 
 def cases(check: Check, matrix: str = "default") -> list[Case]:
@@ -85,7 +106,8 @@ def cases(check: Check, matrix: str = "default") -> list[Case]:
 def _cases_of_model(check: Check, model: Model, full: bool) -> list[Case]:
     asked = [Setting.parse(text) for text in check.settings]
     if check.varies:
-        asked += covering_settings(check.varies, model.traits, full)
+        family = (m for m in MODELS.values() if m.family == model.family and check.asks(m))
+        asked += covering_settings(check.varies, tuple(family), full)[model.name]
     settings = [s for s in dict.fromkeys(asked) if s.applies_to(model.traits)]
     strategies = [
         STRATEGIES[name] for name in check.strategies if STRATEGIES[name].applies_to(model.traits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -104,13 +105,22 @@ class Subject:
         setting = (setting or self.case.setting).but(**changes)
         if not self.claims("plan"):
             return Unplanned(setting, self.case.strategy.name, dict(options or {}))
-        config = checkpoint.build_config(self.model_spec)
-        return self.impl.plan(config, setting, self.case.strategy.name, **dict(options or {}))
+        asked = {**(options or {})}
+        key = ("plan", self.name, self.model_spec.name, setting, self.case.strategy, repr(asked))
+        return remember(
+            key,
+            lambda: self.impl.plan(
+                checkpoint.build_config(self.model_spec),
+                setting,
+                self.case.strategy.name,
+                **asked,
+            ),
+        )
 
     def built(self, plan: Any, setting: Setting) -> nn.Module:
         """The unprepared model, loaded by the implementation from a checkpoint on disk."""
         spec = self.model_spec
-        key = (self.name, spec.name, setting, repr(getattr(plan, "decisions", None)), self.device)
+        key = (self.name, spec.name, self.device, *self._build_key(plan, setting))
         if key not in _built:
             path = checkpoint.checkpoint(spec, "float32")
             if self.claims("build"):
@@ -118,13 +128,18 @@ class Subject:
             else:
                 model = checkpoint.build_stock(spec, DTYPES[setting.dtype])
             model = model.to(self.device)
-            if setting.tuning == "qlora":
-                return model
             if len(_built) > 64:
                 _built.clear()
             _built[key] = model
-        copied: nn.Module = copy.deepcopy(_built[key])
-        return copied
+        return _copied(_built[key])
+
+    def _build_key(self, plan: Any, setting: Setting) -> tuple[Any, ...]:
+        """By the adapter's word what its `build` reads of a plan, else all of it."""
+        if hasattr(self.impl, "build_key"):
+            return (self.impl.build_key(plan),)
+        if self.claims("build"):
+            return (setting, repr(getattr(plan, "decisions", None)))
+        return (setting.dtype,)
 
     def model(
         self,
@@ -229,6 +244,16 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A deep copy, at half of deepcopy's price: most of what a module holds is empty dicts."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if type(value) in (dict, OrderedDict) and not value:
+                memo[id(value)] = type(value)()
+    return copy.deepcopy(model, memo)
 
 
 def _moved(tensor: torch.Tensor, device: str, dtype: torch.dtype) -> torch.Tensor:

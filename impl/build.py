@@ -40,6 +40,12 @@ def build(path: Path | str, plan: TrainingPlan, mesh: Any = None) -> nn.Module:
     return load_loudly(cls, Path(path), kwargs)
 
 
+def build_key(plan: TrainingPlan) -> tuple[Any, ...]:
+    """What `build` reads of a plan: plans of one key load the same model from a checkpoint."""
+    quantised = plan.strategy if plan.lora is not None and plan.lora.quantize_4bit else None
+    return (plan.dtype, plan.attn_implementation, _experts(plan), quantised)
+
+
 def _attention(config: Any, wanted: str) -> str | dict[str, str]:
     """Per part where one part has no such form: the audio tower of gemma4 is eager only."""
     if wanted == "eager" or getattr(config, "audio_config", None) is None:

@@ -69,6 +69,10 @@ class Reference:
         """The model of a checkpoint directory."""
         return _part("build").build(path, plan, mesh)
 
+    def build_key(self, plan: Any) -> Any:
+        """What `build` reads of a plan."""
+        return _part("build").build_key(plan)
+
     def prepare(self, model: Any, plan: Any) -> Any:
         """Patch, freeze, adapt, kernels, checkpointing, offload."""
         return _part("prepare").prepare(model, plan)

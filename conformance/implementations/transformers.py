@@ -175,6 +175,10 @@ class StockTransformers:
         options.update(spread.sharding_options(plan, spread.ranks()))
         return model_class.from_pretrained(path, **options)
 
+    def build_key(self, plan: StockPlan) -> Any:
+        """What `build` reads of a plan."""
+        return (plan.setting.dtype, plan.setting.tuning == "qlora", plan.strategy)
+
     def prepare(self, model: Any, plan: StockPlan) -> Any:
         """Checkpointing by the model's own switch, adapters by PEFT, no cache (as Trainer does)."""
         model.config.use_cache = False

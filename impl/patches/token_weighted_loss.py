@@ -18,11 +18,21 @@ REASON = (
 ISSUE = "https://github.com/axolotl-ai-cloud/axolotl/pull/3706"
 
 
+# The answer for each class and forward that was tried; it is a property of the code.
+_honours: dict[tuple[Any, ...], bool] = {}
+
+
 def applies_to(model: nn.Module, plan: TrainingPlan) -> bool:
     """Whether the class denies loss arguments and its forward provably honours them."""
     inner = unwrap(model)
     denied = getattr(inner, "accepts_loss_kwargs", None) is False
-    return denied and not on_meta(model) and honours_item_count(inner)
+    if not denied or on_meta(model):
+        return False
+    forward: Any = inner.forward
+    tried = (type(inner), getattr(forward, "__func__", forward), type(text_config(inner)))
+    if tried not in _honours:
+        _honours[tried] = honours_item_count(inner)
+    return _honours[tried]
 
 
 def honours_item_count(model: nn.Module) -> bool:
