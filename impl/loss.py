@@ -48,7 +48,7 @@ def loss_and_outputs(
     """As `loss`, from logits even where the loss is fused, with the model's outputs."""
     inputs = dict(batch)
     targets = shifted(inputs.pop("labels", None), inputs.pop("shift_labels", None))
-    inputs.setdefault("use_cache", False)
+    _ask(model, inputs)
     outputs = model(**inputs)
     targets = local_targets(model, targets)  # context parallel: logits are this rank's slice
     total, count = summed(outputs.logits, targets, label_smoothing)
@@ -93,6 +93,17 @@ def count_items(batch: Mapping[str, Any]) -> Tensor:
     return (shifted(batch.get("labels"), batch.get("shift_labels")) != IGNORED).sum()
 
 
+def _ask(model: nn.Module, inputs: dict[str, Any]) -> None:
+    """No cache; and the router logits by keyword where the config asks for a balancing loss.
+
+    Up to transformers 5.17 qwen3_5_moe's multimodal class heeds the keyword alone.
+    """
+    inputs.setdefault("use_cache", False)
+    config = text_config(model)
+    if getattr(config, "output_router_logits", False) and hasattr(config, "router_aux_loss_coef"):
+        inputs.setdefault("output_router_logits", True)
+
+
 def _auxiliary(model: nn.Module, outputs: Any) -> Tensor | None:
     """The coefficient times the load-balancing loss, if the model was asked for one."""
     config = text_config(model)
@@ -111,7 +122,7 @@ def _fused(
     """
     count = (targets != IGNORED).sum()
     divisor = denominator(items, count, torch.zeros((), device=targets.device))
-    inputs.setdefault("use_cache", False)
+    _ask(model, inputs)
     outputs = model(**inputs, labels=targets, shift_labels=targets, num_items_in_batch=divisor)
     result = outputs.loss
     assert isinstance(result, Tensor)
