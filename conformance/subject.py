@@ -128,6 +128,8 @@ class Subject:
             else:
                 model = checkpoint.build_stock(spec, DTYPES[setting.dtype])
             model = model.to(self.device)
+            if setting.tuning == "qlora":  # copies of a parametrized module share its class
+                return model
             if len(_built) > 64:
                 _built.clear()
             _built[key] = model

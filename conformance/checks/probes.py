@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import hypothesis
 import torch
 from torch import Tensor, nn
 
@@ -64,6 +65,22 @@ def changed(batch: Mapping[str, Any], row: int, position: int, spec: Model) -> B
     ids = batch["input_ids"].clone()
     ids[row, position] = 3 + (int(ids[row, position]) + 1) % (spec.text_vocab - 3)
     return {**batch, "input_ids": ids}
+
+
+# Drawn alike in every run; an example is a step, so there are few.
+drawn = hypothesis.settings(
+    derandomize=True,
+    max_examples=12,
+    deadline=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+
+
+def sample_of(ids: torch.Tensor, labelled: Sequence[bool]) -> Batch:
+    """The first tokens of `ids` as a sample; those not `labelled` are not trained on."""
+    kept = torch.tensor(labelled)
+    ids = ids[: len(labelled)]
+    return {"input_ids": ids, "labels": ids.masked_fill(~kept, IGNORE)}
 
 
 def accumulated(subject: Subject, model: nn.Module, parts: Sequence[Batch], n: Any) -> Step:

@@ -8,15 +8,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from conformance.case import Case
 from conformance.check import check
 from conformance.checks.probes import (
     IGNORE,
     Measured,
+    drawn,
     finite,
     head_evidence,
     labelled,
+    sample_of,
     text_config,
     unwrapped,
 )
@@ -76,6 +80,41 @@ def test_loss_is_cross_entropy(case: Case, subject: Subject, measured: Measured)
         row = tolerance("gradients/head")
         assert_close(case.id, f"gradient, n={n}", got, want.hidden, row, measured)
         assert not found.gradient[:, -1].any(), f"{case.id}: the last token has a gradient"
+
+
+@check(
+    "L10",
+    needs=("prepare", "collate", "loss"),
+    models=("gemma4-dense", "qwen3_5-text", "mixtral"),
+    settings=("-", "kernels"),
+)
+def test_any_labels(case: Case, subject: Subject, measured: Measured) -> None:
+    """Whichever tokens are labelled, the first of a row, the last, all, the loss is the oracle's.
+
+    https://github.com/huggingface/transformers/issues/45354
+    """
+    model, plan = subject.model(), subject.plan()
+    text = subject.samples("text", count=1)[0]["input_ids"]
+    row, most = tolerance("loss/same-model"), []
+
+    @drawn
+    @given(st.lists(st.lists(st.booleans(), min_size=2, max_size=9), min_size=1, max_size=4))
+    def compare(rows: list[list[bool]]) -> None:
+        samples = [sample_of(text.roll(-i), kept) for i, kept in enumerate(rows)]
+        batch = subject.to(subject.collate(samples, plan), "float32")
+        kept = [label for sample in samples for label in sample["labels"][1:].tolist()]
+        n = sum(label != IGNORE for label in kept)
+        assume(n)  # none: L06
+        most.append(n)
+        assert labelled(batch) == n, f"{case.id}, {rows}: {labelled(batch)} labels of {n}"
+        want = cross_entropy(
+            subject.eval_logits(model, batch), batch["labels"], num_items=max(n, 1)
+        )
+        got = subject.loss(model, batch).detach()
+        assert_close(f"{case.id}, {rows}", "loss", got, want.value, row, measured)
+
+    compare()
+    assert 1 in most and max(most) > 5, f"{case.id}: the examples have {most} labels"
 
 
 @check(

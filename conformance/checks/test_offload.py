@@ -46,15 +46,15 @@ def test_offloading_changes_no_gradient(case: Case, subject: Subject, measured: 
 
 def watched(subject: Subject, model: nn.Module, batch: dict[str, Any]) -> tuple[Step, int]:
     """A step, and the bytes of saved tensors that reach hooks further out: those not offloaded."""
-    kept: dict[tuple[Any, ...], int] = {}
+    kept: dict[tuple[Any, ...], torch.Tensor] = {}  # alive, so that no address is used again
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.data_ptr(), tensor.shape] = tensor.numel() * tensor.element_size()
+        kept[tensor.data_ptr(), tensor.shape] = tensor
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         found = subject.step(model, batch)
-    return found, sum(kept.values())
+    return found, sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
 
 
 class Views(nn.Module):

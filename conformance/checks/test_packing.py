@@ -6,6 +6,8 @@ import inspect
 from typing import Any
 
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from conformance.case import Case
 from conformance.check import check
@@ -18,9 +20,11 @@ from conformance.checks.probes import (
     changed,
     declined,
     documents_of,
+    drawn,
     expected_reach,
     labelled,
     layer_types,
+    sample_of,
 )
 from conformance.numerics import assert_close, assert_close_step, assert_differs
 from conformance.oracles.masks import documents_of as documents_by_position
@@ -67,6 +71,40 @@ def test_packed_equals_separate(case: Case, subject: Subject, measured: Measured
     logits = torch.cat([subject.eval_logits(model, part) for part in parts], dim=1)
     got = subject.eval_logits(model, whole)
     assert_close(case.id, "eval logits", got, logits, tolerance("logits/padded"), measured)
+
+
+@check(
+    "S08",
+    needs=("prepare", "collate", "loss"),
+    models=("gemma4-e2b", "gemma3-text", "mixtral"),
+    settings=("packed",),
+    marks=("packing",),
+)
+def test_documents_of_any_length(case: Case, subject: Subject, measured: Measured) -> None:
+    """Documents of any number and length, of one token too, packed equal themselves apart.
+
+    https://github.com/huggingface/transformers/pull/31629
+    """
+    model = subject.model()
+    row = tolerance("gradients/accumulated", subject.model_spec.traits)
+    text = subject.samples("packed", count=1)[0]["input_ids"]
+    counts = []
+
+    @drawn
+    @given(
+        st.lists(st.lists(st.booleans(), min_size=1, max_size=len(text)), min_size=1, max_size=5)
+    )
+    def compare(documents: list[list[bool]]) -> None:
+        samples = [sample_of(text.roll(i), kept) for i, kept in enumerate(documents)]
+        parts, whole = alone(subject, samples), packed(subject, samples)
+        n = sum(labelled(part) for part in parts)
+        counts.append(n * (len(documents) > 1))
+        want = accumulated(subject, model, parts, max(n, 1))
+        got = subject.step(model, whole, max(n, 1))
+        assert_close_step(f"{case.id}, {documents}", got, want, row, measured)
+
+    compare()
+    assert max(counts) > 5, f"{case.id}: no example packs several documents with labels"
 
 
 @check(

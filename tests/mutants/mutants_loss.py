@@ -1,4 +1,4 @@
-"""Bugs of the loss, of accumulation and of experts: L01 to L08, R01 to R09."""
+"""Bugs of the loss, of accumulation and of experts: L01 to L10, R01 to R09."""
 
 from __future__ import annotations
 
@@ -23,6 +23,26 @@ def labels_are_shifted_twice(patch: pytest.MonkeyPatch) -> None:
     def make(original: Any) -> Any:
         def shifted(labels: Any, shift_labels: Any) -> Any:
             return original(original(labels, shift_labels), None)
+
+        return shifted
+
+    around(patch, "impl.loss:shifted", make)
+
+
+@mutant(
+    "generic-flat-shift",
+    case="L10/mixtral/-/single",
+    issue="https://github.com/huggingface/transformers/issues/45354",
+)
+def labels_are_shifted_across_rows(patch: pytest.MonkeyPatch) -> None:
+    """The last token of a row is trained to predict the first of the next."""
+
+    def make(original: Any) -> Any:
+        def shifted(labels: Any, shift_labels: Any) -> Any:
+            if labels is None or shift_labels is not None:
+                return original(labels, shift_labels)
+            flat = torch.nn.functional.pad(labels.flatten()[1:], (0, 1), value=-100)
+            return flat.view_as(labels)
 
         return shifted
 

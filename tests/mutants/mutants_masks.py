@@ -1,4 +1,4 @@
-"""Bugs of masks, positions and packing: A01 to A09, S01 to S07."""
+"""Bugs of masks, positions and packing: A01 to A09, S01 to S08."""
 
 from __future__ import annotations
 
@@ -175,6 +175,25 @@ def each_row_is_its_own_mean(patch: pytest.MonkeyPatch) -> None:
         patch,
         "impl.loss:denominator",
         lambda original: lambda n, count, like: original(None, count, like),
+    )
+
+
+@mutant(
+    "generic-one-token",
+    case="S08/mixtral/packed/single",
+    issue="https://github.com/huggingface/transformers/pull/31629",
+)
+def a_document_of_one_token_is_not_noticed(patch: pytest.MonkeyPatch) -> None:
+    """A document begins where positions fall: after one of one token they do not."""
+
+    def indices(position_ids: Any) -> Any:
+        falls = torch.nn.functional.pad(position_ids.diff(dim=-1), (1, 0), value=1) < 0
+        return falls.cumsum(-1)
+
+    around(
+        patch,
+        "transformers.masking_utils:find_packed_sequence_indices",
+        lambda original: indices,
     )
 
 
