@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from conformance import checkpoint, ranks, spread
+from conformance import checkpoint, rank_steps, ranks, spread
 from conformance.numerics import assert_close_gradients, relative_error, worst
 from conformance.spread import Job, Spread
 from conformance.subject import Subject
@@ -59,6 +59,17 @@ def evidence(subject: Subject, whole: bool = True) -> Evidence:
     options = oracle_options(subject)
     many = _once((*where, case.strategy.name), spreading)
     return Evidence(many, _once((*where, repr(options)), single))
+
+
+def saved_adapter(subject: Subject) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """What `save` writes from ranks, and from one process: of the step's own start, or of a start
+    that only saves where a step cannot be taken."""
+    try:
+        seen = evidence(subject, whole=False)
+        return seen.first.saved, seen.single.saved
+    except ranks.RankFailed:
+        want = run_alone(subject, rank_steps.saved_adapter, oracle_options(subject))
+        return run(subject, rank_steps.saved_adapter)[0], want
 
 
 def oracle_options(subject: Subject) -> dict[str, Any]:

@@ -162,6 +162,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = items[index - 1 :: count]
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Tell the rank processes which models the selected cases spread."""
+    from conformance import ranks
+
+    cases = [item.stash[CASE] for item in session.items if CASE in item.stash]
+    models = [case.model.name for case in cases if case.model and case.strategy.ranks > 1]
+    ranks.expect(dict.fromkeys(models))
+
+
 def _drop_empty(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Checks of which `--case` leaves nothing: pytest would show each as a skip."""
     from conformance.check import check_of

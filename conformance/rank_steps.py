@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from conformance.gathering import LocalOptimizer
 from conformance.observe import full
 from conformance.spread import (
     Job,
@@ -19,7 +19,7 @@ from conformance.spread import (
     gradients_of,
     norm_of,
     parameters_of,
-    summoned,
+    saved,
 )
 from conformance.weights import canonical_name
 
@@ -93,8 +93,7 @@ def mixed_precision(job: Job) -> Seen:
 def loaded_state(job: Job) -> dict[str, tuple[str, str]]:
     """dtype and digest of every whole parameter and buffer after spreading, before any step."""
     model = job.model(job.subject.case.setting)
-    with summoned(model):
-        found = {canonical_name(n): full(p) for n, p in model.named_parameters()}
+    found = parameters_of(model)
     found |= {canonical_name(n): b.detach() for n, b in model.named_buffers()}
     return {name: (str(t.dtype), digest(t)) for name, t in found.items()}
 
@@ -160,10 +159,10 @@ def expert_steps(job: Job, steps: int = 4) -> Seen:
         setting = job.subject.case.setting
         model, samples = job.model(setting), job.samples()
         poisoned = bool(torch.empty(64).isnan().all())
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        optimizer = LocalOptimizer(model, torch.optim.AdamW, lr=1e-4)
         losses = []
         for _ in range(steps):
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             losses.append(step(job, model, samples))
             optimizer.step()
         gradients = gradients_of(model)
@@ -175,33 +174,14 @@ def expert_steps(job: Job, steps: int = 4) -> Seen:
 
 def saved_adapter(job: Job) -> Tensors:
     """What `save` writes from all ranks, before any step; the adapter's factors are by name."""
-    from safetensors.torch import load_file
-
-    model = job.model(job.subject.case.setting)
-    where = [tempfile.mkdtemp(prefix="conformance-saved-") if job.rank == 0 else ""]
-    if job.mesh is not None:
-        dist.broadcast_object_list(where, src=0)
-    folder = Path(where[0])
-    job.subject.impl.save(model, folder)
-    if job.mesh is not None:
-        dist.barrier()
-    if job.rank:
-        return {}
-    found: Tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-        file.unlink()
-    for file in sorted(folder.iterdir()):
-        file.unlink()
-    folder.rmdir()
-    return found
+    return saved(job, job.model(job.subject.case.setting))
 
 
 def train_and_save(job: Job, folder: str) -> Seen:
     """One step of SGD, then `save`; the trained parameters as they are in memory."""
     model = job.model(job.subject.case.setting)
     step(job, model, job.samples())
-    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01).step()
+    LocalOptimizer(model, torch.optim.SGD, lr=0.01).step()
     kept = parameters_of(model, trainable=True)
     job.subject.impl.save(model, Path(folder))
     if job.mesh is not None:

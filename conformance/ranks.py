@@ -38,6 +38,7 @@ __all__ = [
     "RankFailed",
     "RanksTimeout",
     "WrongWorldSize",
+    "expect",
     "in_place",
     "preload",
     "reporter",
@@ -70,7 +71,17 @@ BASE_MODULES = (
     *(
         f"{package}.{part}"
         for package in ("impl", "conformance.impl")
-        for part in ("parallel", "parallel_tensor", "plan", "prepare", "build", "collate", "loss")
+        for part in (
+            "parallel",
+            "parallel_tensor",
+            "plan",
+            "prepare",
+            "build",
+            "collate",
+            "loss",
+            "detect_class",
+            "checkpoints",
+        )
     ),
 )
 """Imported once by the forkserver; a module that an older stack lacks is passed over."""
@@ -127,6 +138,7 @@ class WrongWorldSize(Exception):
 _context = multiprocessing.get_context("forkserver")
 _started = False
 _modules: tuple[str, ...] = (*BASE_MODULES, *MODELLING_MODULES)
+_models: tuple[str, ...] = ()
 
 
 def in_place() -> bool:
@@ -148,6 +160,12 @@ def preload(modules: Iterable[str], base: Iterable[str] = BASE_MODULES) -> None:
     if _started:
         raise RuntimeError("preload() comes before the first ranks.run() or warm()")
     _modules = (*base, *modules)
+
+
+def expect(models: Iterable[str]) -> None:
+    """Name the suite's models that will be spread: the forkserver looks at them once for all."""
+    global _models
+    _models = tuple(models)
 
 
 @contextlib.contextmanager
@@ -173,7 +191,7 @@ def warm() -> None:
         return
     from multiprocessing import forkserver
 
-    _context.set_forkserver_preload(list(_modules))
+    _context.set_forkserver_preload([*_modules, "conformance.rank_warmth"])
     # Threads do not survive a fork, and the CUDA runtime must not be touched before one.
     with _environment(
         OMP_NUM_THREADS="1",
@@ -182,6 +200,7 @@ def warm() -> None:
         PYTORCH_NVML_BASED_CUDA_CHECK="1",
         TOKENIZERS_PARALLELISM="false",
         HF_HUB_OFFLINE="1",
+        CONFORMANCE_EXPECTED_MODELS=",".join(_models),
         PYTHONPATH=os.pathsep.join(path for path in sys.path if path),
     ):
         forkserver.ensure_running()
