@@ -7,7 +7,7 @@ was refused or failed is remembered too, and raised again for every check that a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from conformance import checkpoint, rank_steps, ranks, spread
 from conformance.numerics import assert_close_gradients, relative_error, worst
 from conformance.spread import Job, Spread
+from conformance.strategies import STRATEGIES
 from conformance.subject import Subject
 from conformance.tolerances import Tolerance, tolerance
 
@@ -112,6 +113,18 @@ def start(
         if isinstance(failed.error, subject.refusals):
             raise failed.error from failed
         raise
+
+
+def under(subject: Subject, strategy: str) -> Subject:
+    """The same case under another strategy."""
+    return replace(subject, case=replace(subject.case, strategy=STRATEGIES[strategy]))
+
+
+def once(subject: Subject, fn: Callable[[Job], T]) -> list[T]:
+    """As `run`, for what several checks of a case's model, setting and strategy read."""
+    case = subject.case
+    where = (subject.loaded.spec, subject.model_spec.name, case.setting, subject.device)
+    return _once((*where, case.strategy.name, fn), lambda: run(subject, fn))
 
 
 def run_alone(

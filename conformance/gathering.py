@@ -64,7 +64,7 @@ def _together(named: Mapping[str, Tensor], mesh: Any, dim: int) -> dict[str, Ten
     rows = [torch.empty_like(padded) for _ in range(ranks)]
     dist.all_gather(rows, padded, group=group)
     parts = [
-        row[: sizes[rank]].cpu().split([s[rank].numel() for s in shapes.values()])
+        torch.split(row[: sizes[rank]].cpu(), [s[rank].numel() for s in shapes.values()])
         for rank, row in enumerate(rows)
     ]
     found = {}
@@ -96,5 +96,16 @@ class LocalOptimizer:
         """One step with the gradients that the parameters have now."""
         for parameter, part in zip(self.parameters, self.parts, strict=True):
             part.data = local(parameter)  # FSDP1 makes its views anew
-            part.grad = None if parameter.grad is None else local(parameter.grad)
+            part.grad = None if parameter.grad is None else local(_laid_out_as(parameter))
         self.optimizer.step()
+
+
+def _laid_out_as(parameter: Any) -> Tensor:
+    """A parameter's gradient, cut as the parameter is (a head's may be whole beside its shard)."""
+    gradient: Any = parameter.grad
+    wanted = getattr(parameter, "placements", None)
+    if wanted is None or getattr(gradient, "placements", None) in (None, wanted):
+        found: Tensor = gradient
+    else:
+        found = gradient.redistribute(parameter.device_mesh, wanted)
+    return found

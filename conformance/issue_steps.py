@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from conformance import batches, checkpoint
+from conformance.gathering import local
 from conformance.rank_steps import step
-from conformance.spread import Job, gradients_of, local, size
+from conformance.spread import Job, gradients_of, size
 
 Seen = dict[str, Any]
 
@@ -104,6 +105,22 @@ def flat_gradients(job: Job) -> Seen:
             kept[id(grad)] = grad.numel() * grad.element_size()
     trained = size([local(p) for p in model.parameters() if p.requires_grad])
     return {"gradient bytes": sum(kept.values()), "trained bytes": trained, "said": words(said)}
+
+
+def old_expert_flag(job: Job) -> Seen:
+    """Experts on this rank where the stock loader is asked by the flag that 5.21 removed."""
+    import transformers
+    from transformers.distributed import DistributedConfig
+
+    spec = job.subject.model_spec
+    try:
+        asked = DistributedConfig(enable_expert_parallel=True)
+    except TypeError:
+        return {"known": False}
+    cls = getattr(transformers, spec.model_class)
+    model = cls.from_pretrained(job.path, distributed_config=asked)
+    found = next(p for n, p in model.named_parameters() if p.dim() == 3 and "experts" in n)
+    return {"known": True, "local": int(local(found).shape[0]), "in all": int(found.shape[0])}
 
 
 def starved_adapters(model: nn.Module) -> list[str]:

@@ -136,7 +136,8 @@ def _param(case: Case, run: Run) -> Any:
     if case.strategy.ranks == 1:
         marks.append(pytest.mark.process)
     else:
-        marks.append(pytest.mark.xdist_group(f"{case.strategy.name}-{case.setting.id}"))
+        # one worker has all of a model's starts, and the one process that they are held against
+        marks.append(pytest.mark.xdist_group(case.model.name if case.model else "ranks"))
     known = expected(case.id, run.loaded.expectations)
     if known and run.loaded.unsupported(case) is None:
         marks.append(
@@ -230,14 +231,27 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
     """
     try:
         return (yield)
-    except Exception as error:
+    except Exception as raised:
+        error = _of_the_rank(raised)
         case = pyfuncitem.stash.get(CASE, None)
         if case is None or not isinstance(error, run_of(pyfuncitem.config).loaded.refusals):
-            raise
+            raise error from (raised if error is not raised else None)
         if not case.setting.tokens and case.strategy.ranks == 1:
             raise
         _skip(pyfuncitem, "unsupported", f"refuses: {_first_line(error)}")
         raise
+
+
+def _of_the_rank(error: Exception) -> Exception:
+    """The first failing rank's own exception, with where and how it failed as a note: reports and
+    expectations name what really happened. RankFailed itself where a rank died."""
+    from conformance.ranks import RankFailed
+
+    own = error.error if isinstance(error, RankFailed) else None
+    if not isinstance(own, Exception):
+        return error
+    own.add_note(str(error))
+    return own
 
 
 def _skip(item: pytest.Item, verdict: str, reason: str) -> None:

@@ -54,7 +54,8 @@ class Spread:
     evaluation mode after two steps of SGD; before (one process only), after: the parameters'
     digests. gradient_bytes, trained_bytes, storage_bytes, weight_bytes: of this rank. tied: groups
     of names that are one weight. parameters: after one AdamW step in float64. experts: (here, in
-    all) of each stacked expert weight. saved: the adapter as written before the step.
+    all) of each stacked expert weight. saved: the adapter as written before the step. starved:
+    trainable parameters without a gradient. fed: (rows, tokens) that the first layer is given.
     """
 
     loss: float = 0.0
@@ -75,6 +76,8 @@ class Spread:
     parameters: Tensors = field(default_factory=dict)
     experts: dict[str, tuple[int, int]] = field(default_factory=dict)
     saved: Tensors = field(default_factory=dict)
+    starved: tuple[str, ...] = ()
+    fed: tuple[int, int] = (0, 0)
 
 
 def mesh_of(case: Case, device: str) -> Any:
@@ -98,7 +101,7 @@ class Job:
     ranks: int = 1
     mesh: Any = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    _plans: dict[Setting, Any] = field(default_factory=dict)
+    _plans: dict[Setting, Any] = field(default_factory=dict, init=False)
 
     def plan(self, setting: Setting) -> Any:
         """The implementation's plan, asked for once a setting."""
@@ -282,6 +285,17 @@ def saved(job: Job, model: nn.Module) -> Tensors:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def watch_layer(model: nn.Module, wrap_class: str, seen: Spread) -> Any:
+    """A hook that records the rows and tokens that the first decoder layer is given."""
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        seen.fed = (int(hidden.shape[-3]), int(hidden.shape[-2]))  # gemma3n: (streams, B, S, H)
+
+    layers = (m for m in model.modules() if wrap_class in {c.__name__ for c in type(m).__mro__})
+    return next(layers).register_forward_pre_hook(record, with_kwargs=True)
+
+
 def observe_step(job: Job, seen: Spread) -> nn.Module:
     """The step in the setting's dtype: loss, gradients, bytes, clipping."""
     setting = job.subject.case.setting
@@ -291,9 +305,14 @@ def observe_step(job: Job, seen: Spread) -> nn.Module:
         seen.saved = saved(job, model)
     samples = job.samples()
     seen.items = sum(int((s["labels"][1:] != IGNORE).sum()) for s in job.share(samples))
+    watch = watch_layer(model, job.subject.model_spec.wrap_class, seen)
     seen.loss = job.backward(model, job.batch(samples, setting), job.items(samples))
+    watch.remove()
     seen.gradients = gradients_of(model)
     trained = [p for p in model.parameters() if p.requires_grad]
+    seen.starved = tuple(
+        canonical_name(n) for n, p in model.named_parameters() if p.requires_grad and p.grad is None
+    )
     parts = [local(p.grad) for p in trained if p.grad is not None]
     seen.gradient_bytes, seen.trained_bytes = size(parts), size([local(p) for p in trained])
     weights = [local(p) for p in model.parameters()]

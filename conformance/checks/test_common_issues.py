@@ -189,3 +189,19 @@ def test_fsdp2_row(case: Case, subject: Subject, measured: Measured) -> None:
     wrapped = decision(subject, "fsdp_transformer_layer_cls_to_wrap")
     assert wrapped == "Gemma4TextDecoderLayer", f"{case.id}: the plan wraps {wrapped}"
     assert_step(subject, evidence.evidence(subject), measured)
+
+
+@check("I10", needs=RANKS, models=("mixtral",), strategies=("tp_ep",), marks=ISSUES)
+def test_old_expert_parallel_flag(case: Case, subject: Subject, measured: Measured) -> None:
+    """`enable_expert_parallel=True` is accepted and does nothing; the working form halves experts.
+
+    live defect L8 (documented as removed in transformers 5.21)
+    """
+    stock = evidence.start(subject, issue_steps.old_expert_flag)[0]
+    if stock["known"]:
+        assert stock["local"] == stock["in all"], f"{case.id}: the flag works: {stock}"
+    seen = evidence.evidence(subject).first.experts
+    assert seen, f"{case.id}: no stacked expert weight"
+    for name, (here, whole) in seen.items():
+        measured["experts on a rank"] = here
+        assert 2 * here == whole, f"{case.id}: {name}: {here} of {whole} experts on a rank"

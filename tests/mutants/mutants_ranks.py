@@ -157,6 +157,56 @@ def an_adapter_is_not_reduced(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutant(
+    "b148",
+    case="F21/gemma4-moe/lora/hsdp",
+    issue="bugs.md §7 (gradients summed)",
+    implementation=f"{ADAPTERS}:SUMMED",
+)
+def hybrid_adapters_are_summed(patch: pytest.MonkeyPatch) -> None:
+    """Gradients of adapters are four times those of one process."""
+
+
+@mutant(
+    "L6",
+    case="P17/mixtral/lora/ddp",
+    issue="live defect L6",
+    implementation=f"{ADAPTERS}:STARVED",
+)
+def an_adapter_of_ranks_gets_nothing(patch: pytest.MonkeyPatch) -> None:
+    """An adapter has no gradient."""
+
+
+@mutant(
+    "L8",
+    case="X14/mixtral/-/fsdp2",
+    issue="live defect L8",
+    implementation=f"{ADAPTERS}:REPLICATED",
+)
+def a_request_to_shard_is_ignored(patch: pytest.MonkeyPatch) -> None:
+    """Each rank holds every weight."""
+
+
+@mutant(
+    "L8",
+    case="I10/mixtral/-/tp_ep",
+    issue="live defect L8",
+    implementation=f"{ADAPTERS}:TENSORS_ONLY",
+)
+def experts_stay_whole(patch: pytest.MonkeyPatch) -> None:
+    """Expert parallel is asked for, and experts are cut by their features."""
+
+
+@mutant(
+    "generic-resume",
+    case="C14/gemma4-moe/lora/hsdp",
+    issue="https://github.com/axolotl-ai-cloud/axolotl/pull/3444",
+    implementation=f"{ADAPTERS}:LOADS_ANEW",
+)
+def four_ranks_start_anew(patch: pytest.MonkeyPatch) -> None:
+    """The trained adapter is not there."""
+
+
+@mutant(
     "b057",
     case="F15/mixtral/-/ddp",
     issue="https://github.com/axolotl-ai-cloud/axolotl/pull/3478",

@@ -168,6 +168,19 @@ class Replicated(Reference):
         return super().parallelize(model, replace(plan, strategy="ddp"), mesh)
 
 
+class TensorsOnly(Reference):
+    """Expert parallel is asked for, and only tensors are spread."""
+
+    def _plain(self, plan: Any) -> Any:
+        return replace(plan, strategy="tp") if plan.strategy == "tp_ep" else plan
+
+    def build(self, path: Any, plan: Any, mesh: Any = None) -> Any:
+        return super().build(path, self._plain(plan), mesh)
+
+    def parallelize(self, model: Any, plan: Any, mesh: Any) -> Any:
+        return super().parallelize(model, self._plain(plan), mesh)
+
+
 class Rank1Differs(Reference):
     """A key that rank 1 misses is initialised anew."""
 
@@ -317,6 +330,7 @@ UNINITIALISED, NO_WINDOW, LOST_LAYER, REPLICATED = (
     LostLayer(),
     Replicated(),
 )
+TENSORS_ONLY = TensorsOnly()
 RANK_1_DIFFERS, CAST_BUFFERS, LOCAL_NORM = Rank1Differs(), CastBuffers(), LocalNorm()
 SUMS_TWICE, SAVES_SHARDS, LOADS_ANEW = SumsTwice(), SavesShards(), LoadsAnew()
 COPIES_SHARED, STARVED, REENTRANT, PLANS_FSDP1 = (
