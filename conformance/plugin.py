@@ -268,6 +268,12 @@ def _model_missing(case: Case) -> str | None:
 
 
 def _hardware_missing(case: Case, device: str) -> str | None:
+    from conformance import ranks
+
+    if ranks.in_place() and case.strategy.ranks not in (1, present := ranks.launched_ranks()):
+        return f"needs {case.strategy.ranks} ranks, the launcher started {present}"
+    if ranks.in_place() and {"ranks", "launch"} & set(case.check.marks):
+        return "starts processes of its own, which ranks of a launcher do not"
     if case.check.hardware == "cpu" and device == "cpu":
         return None
     import torch
@@ -380,7 +386,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     _shard(session.config)
     if session.config.getoption("impl") != DEFAULT:
         run_of(session.config)
-    if not hasattr(session.config, "workerinput"):
+    from conformance import ranks
+
+    if not hasattr(session.config, "workerinput") and ranks.reporter():
         from conformance.recording import Recorder
 
         session.config.pluginmanager.register(Recorder(session.config, RUN), "conformance-recorder")

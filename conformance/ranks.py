@@ -40,6 +40,7 @@ __all__ = [
     "WrongWorldSize",
     "expect",
     "in_place",
+    "launched_ranks",
     "preload",
     "reporter",
     "run",
@@ -144,6 +145,11 @@ _models: tuple[str, ...] = ()
 def in_place() -> bool:
     """Was this process started as one rank by a launcher such as `torchrun`?"""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launched_ranks() -> int:
+    """How many ranks the launcher started; 1 without one."""
+    return int(os.environ["WORLD_SIZE"]) if in_place() else 1
 
 
 def reporter() -> bool:
