@@ -154,6 +154,11 @@ SHARDING = (
         "https://pytorch.org/docs/stable/fsdp.html",
     ),
     Expectation(
+        "I11/*",
+        "L19: FSDP1 stores gradients of packed weights; nothing declines it for QLoRA",
+        f"{_AXOLOTL}/3597",
+    ),
+    Expectation(
         "I08/*",
         "L19: FSDP1 stores gradients of frozen weights; nothing declines it for adapters",
         f"{_AXOLOTL}/3597",
@@ -180,6 +185,12 @@ DATA_PARALLEL = (
         " the ranks' collectives no longer match",
         "https://github.com/NVIDIA-NeMo/Automodel/issues/2566",
         (RankFailed, RanksTimeout),
+    ),
+    Expectation(
+        "F2[34]/*moe/*/ddp",
+        "L2: the class denies loss arguments, so Trainer averages the ranks' means, whatever their"
+        " numbers of labels",
+        f"{_TRANSFORMERS}/34191",
     ),
     Expectation(
         "R13/*",

@@ -130,3 +130,13 @@ def launched_evaluation_is_divided(patch: pytest.MonkeyPatch) -> None:
 )
 def experts_stay_whole(patch: pytest.MonkeyPatch) -> None:
     """Expert parallel is asked for, and experts are cut by their features."""
+
+
+@mutant(
+    "L19",
+    case="I11/gemma4-dense/qlora/fsdp1",
+    issue="live defect L19",
+    implementation=f"{ADAPTERS}:PLANS_FSDP1",
+)
+def fsdp1_is_planned_with_packed_weights(patch: pytest.MonkeyPatch) -> None:
+    """Memory for gradients of packed weights."""
