@@ -135,12 +135,13 @@ def packed(job: Job) -> nn.Module:
 
 def packed_sharding(job: Job) -> Seen:
     """Bytes before, during and after FSDP1 shards a 4-bit model with adapters, and of a step."""
-    from torch.distributed.fsdp._flat_param import FlatParamHandle
+    from torch.distributed.fsdp import _flat_param
 
+    handle: Any = _flat_param.FlatParamHandle
     model = packed(job)
     frozen = [p for p in model.parameters() if hasattr(p, "quant_state")]
     seen: Seen = {"packed": size(frozen), "before": storage(list(model.parameters())), "during": 0}
-    flatten: Any = FlatParamHandle.flatten_tensors
+    flatten: Any = handle.flatten_tensors
 
     def watched(self: Any, tensors: list[torch.Tensor], *args: Any) -> torch.Tensor:
         flat: torch.Tensor = flatten(self, tensors, *args)
@@ -149,11 +150,11 @@ def packed_sharding(job: Job) -> Seen:
         seen["unit"] = max(seen.get("unit", 0), size([flat]))
         return flat
 
-    FlatParamHandle.flatten_tensors = watched  # type: ignore[method-assign]
+    handle.flatten_tensors = watched
     try:
         spread = fsdp1(job, model)
     finally:
-        FlatParamHandle.flatten_tensors = flatten  # type: ignore[method-assign]
+        handle.flatten_tensors = flatten
     seen["after"] = flat_bytes(spread)[0]
     stock_step(job, spread)
     trained = [p for p in spread.parameters() if p.requires_grad]

@@ -49,13 +49,14 @@ class Spread:
     """What one rank (or the one process of the oracle) saw.
 
     loss, gradients: of the first batch in the setting's dtype; items: this rank's own labels.
-    once, twice: gradients of two batches, reduced at the end and after each. norm: before clipping
-    them to MAX_NORM, as the clipping function says; clipped: the norm after. evaluated: the loss in
-    evaluation mode after two steps of SGD; before (one process only), after: the parameters'
-    digests. gradient_bytes, trained_bytes, storage_bytes, weight_bytes: of this rank. tied: groups
-    of names that are one weight. parameters: after one AdamW step in float64. experts: (here, in
-    all) of each stacked expert weight. saved: the adapter as written before the step. starved:
-    trainable parameters without a gradient. fed: (rows, tokens) that the first layer is given.
+    once, twice: gradients of two batches, reduced at the end and after each. norm: of the first
+    before clipping to MAX_NORM, as the clipping function says; clipped: the norm after.
+    evaluated: the loss in evaluation mode after two steps of SGD; before (one process only),
+    after: the parameters' digests. gradient_bytes, trained_bytes, storage_bytes, weight_bytes: of
+    this rank. tied: groups of names that are one weight. parameters: after one AdamW step in
+    float64. experts: (here, in all) of each stacked expert weight. saved: the adapter as written
+    before the step. starved: trainable parameters without a gradient. fed: (rows, tokens) that the
+    first layer is given.
     """
 
     loss: float = 0.0
@@ -326,11 +327,12 @@ def observe_step(job: Job, seen: Spread) -> nn.Module:
 
 
 def observe_accumulation(job: Job, model: nn.Module, seen: Spread) -> None:
-    """Two batches, reduced after each (the first was `observe_step`'s) and once at the end; then
-    clipping."""
+    """Two batches, reduced after each (the first was `observe_step`'s) and once at the end; the
+    first one's gradients are left."""
     setting, samples = job.subject.case.setting, job.samples()
     items = job.items(samples)
     first, second = (job.batch(part, setting) for part in (samples, job.samples(1)))
+    kept = [None if p.grad is None else local(p.grad).clone() for p in model.parameters()]
     job.backward(model, second, items)
     seen.twice = gradients_of(model)
     model.zero_grad(set_to_none=True)
@@ -338,17 +340,20 @@ def observe_accumulation(job: Job, model: nn.Module, seen: Spread) -> None:
         job.backward(model, first, items)
     job.backward(model, second, items)
     seen.once = gradients_of(model)
-    seen.norm = clip(job.subject, model, MAX_NORM)
-    seen.clipped = norm_of(gradients_of(model))
+    for parameter, gradient in zip(model.parameters(), kept, strict=True):
+        if parameter.grad is not None and gradient is not None:
+            local(parameter.grad).copy_(gradient)
 
 
 def observe_training(job: Job, model: nn.Module, seen: Spread) -> None:
-    """Two steps of SGD with clipped gradients, the first with those that are there; then the loss
-    in evaluation mode and what every rank holds."""
+    """Clipping of the gradients that are there, two steps of SGD with clipped gradients, the loss
+    in evaluation mode, and what every rank holds."""
     setting, samples = job.subject.case.setting, job.samples()
     batch, items = job.batch(samples, setting), job.items(samples)
     if job.mesh is None:
         seen.before = {name: digest(p) for name, p in parameters_of(model).items()}
+    seen.norm = clip(job.subject, model, MAX_NORM)
+    seen.clipped = norm_of(gradients_of(model))
     optimizer = LocalOptimizer(model, torch.optim.SGD, lr=TRAINING_RATE)
     optimizer.step()
     model.zero_grad(set_to_none=True)

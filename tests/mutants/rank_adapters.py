@@ -186,6 +186,7 @@ class ResumesAnew(Reference):
 
     def resume(self, model: Any, samples: Any, plan: Any, **options: Any) -> Any:
         options.pop("resume")
+        options["steps"] //= 2
         return super().fit(model, samples, plan, **options)
 
 
