@@ -142,7 +142,7 @@ def test_clipping_is_one_process(case: Case, subject: Subject, measured: Measure
     assert single.norm > 2 * MAX_NORM, f"{case.id}: a norm of {single.norm} is not clipped"
     assert_number(subject, seen.first.norm, single.norm, tolerance("norm/spread"), measured, "norm")
     assert same_on_all([rank.norm for rank in seen.ranks]), f"{case.id}: norms differ over ranks"
-    row = tolerance("norm/spread")
+    row = tolerance("norm/clipped")
     assert_number(subject, seen.first.clipped, single.clipped, row, measured, "clipped norm")
 
 
@@ -304,11 +304,14 @@ def test_router_logits_on_ranks(case: Case, subject: Subject, measured: Measured
     whole = evidence.run_alone(subject, rank_steps.router_logits)
     measured["layers"] = whole["layers"]
     assert whole["layers"] > 1 and whole["logits"], f"{case.id}: one process returns none"
+    row = tolerance("router/logits on ranks")
     for rank in seen:
         assert rank["layers"] == whole["layers"], f"{case.id}: {rank['layers']} layers on a rank"
         worst = max(abs(a / b - 1) for a, b in zip(rank["logits"], whole["logits"], strict=True))
         measured["logits"] = worst
-        assert worst <= 1e-5, f"{case.id}: a layer's logits are off by {worst:.3g}"
+        assert worst <= row.limit, (
+            f"{case.id}: a layer's logits are off by {worst:.3g}, tolerance {row.limit:g}"
+        )
 
 
 @check("V10", needs=NEEDS, traits=("vision",), strategies=("ddp", "fsdp2"))

@@ -216,7 +216,7 @@ def test_resuming_in_another_world(case: Case, subject: Subject, measured: Measu
     "C14",
     needs=(*NEEDS, "save", "load"),
     models=("gemma4-moe",),
-    settings=("-", "lora"),
+    settings=("lora",),
     strategies=("hsdp",),
 )
 def test_resuming_on_four_ranks(case: Case, subject: Subject, measured: Measured) -> None:
