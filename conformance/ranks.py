@@ -398,7 +398,7 @@ def run(
     if in_place():
         return _values_in_place(world_size, payload, device, timeout, seed)
     warm()
-    scratch = Path(tempfile.mkdtemp(prefix="conformance-ranks-"))
+    scratch = Path(tempfile.mkdtemp(prefix=f"conformance-ranks-{os.getpid()}-"))
     group = _Group(timeout)
     clean = False
     try:
