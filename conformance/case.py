@@ -145,9 +145,9 @@ class Case:
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """Marker names: family, model, traits, setting tokens, strategy, tier."""
+        """Marker names: family, model, traits, setting tokens, strategy, tier; `launch` alone."""
         found = list(self.check.marks)
-        if self.model:
+        if self.model and "launch" not in found:  # a launch costs seconds: by its own name only
             found += [self.model.family, self.model.name, *sorted(self.model.traits)]
             found += [*self.setting.tokens, self.strategy.name]
             if self.strategy.ranks > 1:

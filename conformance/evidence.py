@@ -7,15 +7,16 @@ was refused or failed is remembered too, and raised again for every check that a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from conformance import checkpoint, ranks, spread
+from conformance import checkpoint, rank_steps, ranks, spread
 from conformance.numerics import assert_close_gradients, relative_error, worst
 from conformance.spread import Job, Spread
+from conformance.strategies import STRATEGIES
 from conformance.subject import Subject
 from conformance.tolerances import Tolerance, tolerance
 
@@ -61,6 +62,17 @@ def evidence(subject: Subject, whole: bool = True) -> Evidence:
     return Evidence(many, _once((*where, repr(options)), single))
 
 
+def saved_adapter(subject: Subject) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """What `save` writes from ranks, and from one process: of the step's own start, or of a start
+    that only saves where a step cannot be taken."""
+    try:
+        seen = evidence(subject, whole=False)
+        return seen.first.saved, seen.single.saved
+    except ranks.RankFailed:
+        want = run_alone(subject, rank_steps.saved_adapter, oracle_options(subject))
+        return run(subject, rank_steps.saved_adapter)[0], want
+
+
 def oracle_options(subject: Subject) -> dict[str, Any]:
     """What one process must be told to adapt the modules that the spread plan adapts."""
     if subject.case.setting.tuning == "full":
@@ -101,6 +113,18 @@ def start(
         if isinstance(failed.error, subject.refusals):
             raise failed.error from failed
         raise
+
+
+def under(subject: Subject, strategy: str) -> Subject:
+    """The same case under another strategy."""
+    return replace(subject, case=replace(subject.case, strategy=STRATEGIES[strategy]))
+
+
+def once(subject: Subject, fn: Callable[[Job], T]) -> list[T]:
+    """As `run`, for what several checks of a case's model, setting and strategy read."""
+    case = subject.case
+    where = (subject.loaded.spec, subject.model_spec.name, case.setting, subject.device)
+    return _once((*where, case.strategy.name, fn), lambda: run(subject, fn))
 
 
 def run_alone(

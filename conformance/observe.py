@@ -23,8 +23,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-# Components that a wrapper adds to a parameter's name.
-WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+from conformance.weights import canonical_name
 
 
 @dataclass(frozen=True)
@@ -63,17 +62,6 @@ class Observation:
         return self.steps[-1]
 
 
-def canonical(name: str) -> str:
-    """A parameter's name without what DDP, FSDP, compile and checkpoint wrappers add to it.
-
-    A leading `module` is DDP's; one further in may be the model's own and stays.
-    """
-    parts = name.split(".")
-    if parts[0] == "module":
-        parts = parts[1:]
-    return ".".join(p for p in parts if p == "module" or p not in WRAPPERS)
-
-
 def full(tensor: Tensor) -> Tensor:
     """A detached CPU copy; a distributed tensor is gathered (a collective call on its ranks)."""
     gather = getattr(tensor, "full_tensor", None)
@@ -84,14 +72,16 @@ def full(tensor: Tensor) -> Tensor:
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """The gradients a model holds now, by canonical name; parameters without one are left out."""
     return {
-        canonical(name): full(p.grad) for name, p in model.named_parameters() if p.grad is not None
+        canonical_name(name): full(p.grad)
+        for name, p in model.named_parameters()
+        if p.grad is not None
     }
 
 
 def parameters(model: nn.Module, trainable: bool = False) -> dict[str, Tensor]:
     """The model's parameters (or the trainable ones), by canonical name."""
     return {
-        canonical(name): full(p)
+        canonical_name(name): full(p)
         for name, p in model.named_parameters()
         if p.requires_grad or not trainable
     }

@@ -136,7 +136,8 @@ def _param(case: Case, run: Run) -> Any:
     if case.strategy.ranks == 1:
         marks.append(pytest.mark.process)
     else:
-        marks.append(pytest.mark.xdist_group(f"{case.strategy.name}-{case.setting.id}"))
+        # one worker has all of a model's starts, and the one process that they are held against
+        marks.append(pytest.mark.xdist_group(case.model.name if case.model else "ranks"))
     known = expected(case.id, run.loaded.expectations)
     if known and run.loaded.unsupported(case) is None:
         marks.append(
@@ -160,6 +161,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         _refuse_stale(config.stash[RUN])
     index, count = _shard(config)
     items[:] = items[index - 1 :: count]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Tell the rank processes which models the selected cases spread."""
+    from conformance import ranks
+
+    cases = [item.stash[CASE] for item in session.items if CASE in item.stash]
+    models = [case.model.name for case in cases if case.model and case.strategy.ranks > 1]
+    ranks.expect(dict.fromkeys(models))
 
 
 def _drop_empty(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -221,14 +231,27 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
     """
     try:
         return (yield)
-    except Exception as error:
+    except Exception as raised:
+        error = _of_the_rank(raised)
         case = pyfuncitem.stash.get(CASE, None)
         if case is None or not isinstance(error, run_of(pyfuncitem.config).loaded.refusals):
-            raise
+            raise error from (raised if error is not raised else None)
         if not case.setting.tokens and case.strategy.ranks == 1:
             raise
         _skip(pyfuncitem, "unsupported", f"refuses: {_first_line(error)}")
         raise
+
+
+def _of_the_rank(error: Exception) -> Exception:
+    """The first failing rank's own exception, with where and how it failed as a note: reports and
+    expectations name what really happened. RankFailed itself where a rank died."""
+    from conformance.ranks import RankFailed
+
+    own = error.error if isinstance(error, RankFailed) else None
+    if not isinstance(own, Exception):
+        return error
+    own.add_note(str(error))
+    return own
 
 
 def _skip(item: pytest.Item, verdict: str, reason: str) -> None:
@@ -245,6 +268,12 @@ def _model_missing(case: Case) -> str | None:
 
 
 def _hardware_missing(case: Case, device: str) -> str | None:
+    from conformance import ranks
+
+    if ranks.in_place() and case.strategy.ranks not in (1, present := ranks.launched_ranks()):
+        return f"needs {case.strategy.ranks} ranks, the launcher started {present}"
+    if ranks.in_place() and {"ranks", "launch"} & set(case.check.marks):
+        return "starts processes of its own, which ranks of a launcher do not"
     if case.check.hardware == "cpu" and device == "cpu":
         return None
     import torch
@@ -357,7 +386,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     _shard(session.config)
     if session.config.getoption("impl") != DEFAULT:
         run_of(session.config)
-    if not hasattr(session.config, "workerinput"):
+    from conformance import ranks
+
+    if not hasattr(session.config, "workerinput") and ranks.reporter():
         from conformance.recording import Recorder
 
         session.config.pluginmanager.register(Recorder(session.config, RUN), "conformance-recorder")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from conformance.gathering import LocalOptimizer, local
 from conformance.observe import full
 from conformance.spread import (
+    EPSILON,
+    RATE,
     Job,
     Tensors,
     digest,
     gradients_of,
     norm_of,
     parameters_of,
-    summoned,
+    saved,
 )
 from conformance.weights import canonical_name
 
@@ -93,8 +96,7 @@ def mixed_precision(job: Job) -> Seen:
 def loaded_state(job: Job) -> dict[str, tuple[str, str]]:
     """dtype and digest of every whole parameter and buffer after spreading, before any step."""
     model = job.model(job.subject.case.setting)
-    with summoned(model):
-        found = {canonical_name(n): full(p) for n, p in model.named_parameters()}
+    found = parameters_of(model)
     found |= {canonical_name(n): b.detach() for n, b in model.named_buffers()}
     return {name: (str(t.dtype), digest(t)) for name, t in found.items()}
 
@@ -152,56 +154,47 @@ def auxiliary(job: Job) -> Seen:
     return {"loss": loss, "gradients": gradients_of(model)}
 
 
-def expert_steps(job: Job, steps: int = 4) -> Seen:
-    """Several AdamW steps while fresh memory is filled with NaN."""
+def expert_steps(job: Job, names: tuple[str, ...] = (), steps: int = 3) -> dict[str, Seen]:
+    """Several AdamW steps while fresh memory is filled with NaN, with each experts implementation
+    (the plan's own where none is named)."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
-        setting = job.subject.case.setting
-        model, samples = job.model(setting), job.samples()
-        poisoned = bool(torch.empty(64).isnan().all())
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-        losses = []
-        for _ in range(steps):
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(step(job, model, samples))
-            optimizer.step()
-        gradients = gradients_of(model)
+        if not names:
+            return {"": _expert_steps(job, steps)}
+        return {
+            name: _expert_steps(replace(job, options={"experts_implementation": name}), steps)
+            for name in names
+        }
     finally:
         torch.use_deterministic_algorithms(False)
-    wrong = [n for n, g in gradients.items() if not bool(torch.isfinite(g).all())]
-    return {"losses": losses, "poisoned": poisoned, "not finite": wrong, "gradients": gradients}
+
+
+def _expert_steps(job: Job, steps: int) -> Seen:
+    """The steps with one implementation."""
+    model, samples = job.model(job.subject.case.setting), job.samples()
+    poisoned = bool(torch.empty(64).isnan().all())
+    optimizer = LocalOptimizer(model, torch.optim.AdamW, lr=1e-4)
+    losses = []
+    for _ in range(steps):
+        model.zero_grad(set_to_none=True)
+        losses.append(step(job, model, samples))
+        optimizer.step()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    finite = all(bool(torch.isfinite(local(g)).all()) for g in grads)
+    return {"losses": losses, "poisoned": poisoned, "finite": finite}
 
 
 def saved_adapter(job: Job) -> Tensors:
     """What `save` writes from all ranks, before any step; the adapter's factors are by name."""
-    from safetensors.torch import load_file
-
-    model = job.model(job.subject.case.setting)
-    where = [tempfile.mkdtemp(prefix="conformance-saved-") if job.rank == 0 else ""]
-    if job.mesh is not None:
-        dist.broadcast_object_list(where, src=0)
-    folder = Path(where[0])
-    job.subject.impl.save(model, folder)
-    if job.mesh is not None:
-        dist.barrier()
-    if job.rank:
-        return {}
-    found: Tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-        file.unlink()
-    for file in sorted(folder.iterdir()):
-        file.unlink()
-    folder.rmdir()
-    return found
+    return saved(job, job.model(job.subject.case.setting))
 
 
 def train_and_save(job: Job, folder: str) -> Seen:
     """One step of SGD, then `save`; the trained parameters as they are in memory."""
     model = job.model(job.subject.case.setting)
     step(job, model, job.samples())
-    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01).step()
+    LocalOptimizer(model, torch.optim.SGD, lr=0.01).step()
     kept = parameters_of(model, trainable=True)
     job.subject.impl.save(model, Path(folder))
     if job.mesh is not None:
@@ -218,3 +211,64 @@ def resume_and_step(job: Job, folder: str) -> Seen:
     model.train()
     step(job, model, job.samples())
     return {"parameters": parameters_of(model, trainable=True), "gradients": gradients_of(model)}
+
+
+def _exact_step(job: Job, model: nn.Module, optimizer: Any, seed: int) -> None:
+    """One AdamW step in float64 on a batch of its own."""
+    setting, samples = job.subject.case.setting.but(dtype="float64"), job.samples(seed)
+    model.zero_grad(set_to_none=True)
+    job.backward(model, job.batch(samples, setting), job.items(samples))
+    optimizer.step()
+
+
+def _adamw(model: nn.Module) -> Any:
+    """The optimizer of a user: on the parameters as they are, DTensors among them."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=RATE, eps=EPSILON)
+
+
+def train_and_keep(job: Job, folder: str) -> None:
+    """A step, then the weights by the implementation and the optimizer's state by torch."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+    )
+
+    model = job.model(job.subject.case.setting.but(dtype="float64"))
+    optimizer = _adamw(model)
+    _exact_step(job, model, optimizer, 0)
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_optimizer_state_dict(model, optimizer, options=whole)
+    job.subject.impl.save(model, Path(folder))
+    if job.rank == 0:
+        torch.save(state, Path(folder) / "optimizer.pt")
+    dist.barrier()
+
+
+def resume_and_train(job: Job, folder: str) -> Tensors:
+    """The second step of `two_steps`, from what another number of ranks kept."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        set_optimizer_state_dict,
+    )
+
+    subject = job.subject
+    plan = job.plan(subject.case.setting.but(dtype="float64"))
+    base = subject.adopt(subject.impl.build(job.path, plan, job.mesh), plan, False)
+    loaded = subject.impl.load(base, Path(folder)).train()
+    model = subject.impl.parallelize(loaded, plan, job.mesh)
+    optimizer = _adamw(model)
+    state = torch.load(Path(folder) / "optimizer.pt")
+    whole = StateDictOptions(full_state_dict=True)
+    set_optimizer_state_dict(model, optimizer, state, options=whole)
+    _exact_step(job, model, optimizer, 1)
+    return parameters_of(model, trainable=True)
+
+
+def two_steps(job: Job, forget: bool = False) -> Tensors:
+    """Two AdamW steps on two batches; forget: by a fresh optimizer for the second."""
+    model = job.model(job.subject.case.setting.but(dtype="float64"))
+    optimizer = _adamw(model)
+    _exact_step(job, model, optimizer, 0)
+    _exact_step(job, model, _adamw(model) if forget else optimizer, 1)
+    return parameters_of(model, trainable=True)

@@ -38,7 +38,9 @@ __all__ = [
     "RankFailed",
     "RanksTimeout",
     "WrongWorldSize",
+    "expect",
     "in_place",
+    "launched_ranks",
     "preload",
     "reporter",
     "run",
@@ -70,7 +72,17 @@ BASE_MODULES = (
     *(
         f"{package}.{part}"
         for package in ("impl", "conformance.impl")
-        for part in ("parallel", "parallel_tensor", "plan", "prepare", "build", "collate", "loss")
+        for part in (
+            "parallel",
+            "parallel_tensor",
+            "plan",
+            "prepare",
+            "build",
+            "collate",
+            "loss",
+            "detect_class",
+            "checkpoints",
+        )
     ),
 )
 """Imported once by the forkserver; a module that an older stack lacks is passed over."""
@@ -127,11 +139,17 @@ class WrongWorldSize(Exception):
 _context = multiprocessing.get_context("forkserver")
 _started = False
 _modules: tuple[str, ...] = (*BASE_MODULES, *MODELLING_MODULES)
+_models: tuple[str, ...] = ()
 
 
 def in_place() -> bool:
     """Was this process started as one rank by a launcher such as `torchrun`?"""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launched_ranks() -> int:
+    """How many ranks the launcher started; 1 without one."""
+    return int(os.environ["WORLD_SIZE"]) if in_place() else 1
 
 
 def reporter() -> bool:
@@ -148,6 +166,12 @@ def preload(modules: Iterable[str], base: Iterable[str] = BASE_MODULES) -> None:
     if _started:
         raise RuntimeError("preload() comes before the first ranks.run() or warm()")
     _modules = (*base, *modules)
+
+
+def expect(models: Iterable[str]) -> None:
+    """Name the suite's models that will be spread: the forkserver looks at them once for all."""
+    global _models
+    _models = tuple(models)
 
 
 @contextlib.contextmanager
@@ -173,7 +197,7 @@ def warm() -> None:
         return
     from multiprocessing import forkserver
 
-    _context.set_forkserver_preload(list(_modules))
+    _context.set_forkserver_preload([*_modules, "conformance.rank_warmth"])
     # Threads do not survive a fork, and the CUDA runtime must not be touched before one.
     with _environment(
         OMP_NUM_THREADS="1",
@@ -182,6 +206,7 @@ def warm() -> None:
         PYTORCH_NVML_BASED_CUDA_CHECK="1",
         TOKENIZERS_PARALLELISM="false",
         HF_HUB_OFFLINE="1",
+        CONFORMANCE_EXPECTED_MODELS=",".join(_models),
         PYTHONPATH=os.pathsep.join(path for path in sys.path if path),
     ):
         forkserver.ensure_running()
@@ -373,7 +398,7 @@ def run(
     if in_place():
         return _values_in_place(world_size, payload, device, timeout, seed)
     warm()
-    scratch = Path(tempfile.mkdtemp(prefix="conformance-ranks-"))
+    scratch = Path(tempfile.mkdtemp(prefix=f"conformance-ranks-{os.getpid()}-"))
     group = _Group(timeout)
     clean = False
     try:

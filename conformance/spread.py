@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from conformance.case import Case
+from conformance.gathering import LocalOptimizer, gathered, local
 from conformance.implementation import load
 from conformance.observe import full
 from conformance.ranks import RankContext
@@ -30,8 +33,8 @@ from conformance.weights import canonical_name
 DATA_PARALLEL = ("ddp", "fsdp1", "fsdp2", "hsdp", "fsdp2_ep")
 SHARDED_BY_TENSOR = ("tp", "tp_ep")
 ROWS = 4
-STEPS = 2
 MAX_NORM = 0.1
+TRAINING_RATE = 0.05  # of gradients clipped to MAX_NORM
 IGNORE = -100
 # AdamW of the parity step: an element whose gradient is the noise of float32 islands must not move
 # at full rate.
@@ -46,12 +49,14 @@ class Spread:
     """What one rank (or the one process of the oracle) saw.
 
     loss, gradients: of the first batch in the setting's dtype; items: this rank's own labels.
-    norm: before clipping to MAX_NORM, as the clipping function says; clipped: the norm after.
-    once, twice: gradients of two batches, reduced at the end and after each. evaluated: the loss in
-    evaluation mode after STEPS of SGD; before, after: the parameters' digests. gradient_bytes,
-    trained_bytes, storage_bytes, weight_bytes: of this rank. tied: groups of names that are one
-    weight. exact: gradients in float64, and parameters after one AdamW step. experts: (here, in
-    all) of each stacked expert weight.
+    once, twice: gradients of two batches, reduced at the end and after each. norm: of the first
+    before clipping to MAX_NORM, as the clipping function says; clipped: the norm after.
+    evaluated: the loss in evaluation mode after two steps of SGD; before (one process only),
+    after: the parameters' digests. gradient_bytes, trained_bytes, storage_bytes, weight_bytes: of
+    this rank. tied: groups of names that are one weight. parameters: after one AdamW step in
+    float64. experts: (here, in all) of each stacked expert weight. saved: the adapter as written
+    before the step. starved: trainable parameters without a gradient. fed: (rows, tokens) that the
+    first layer is given.
     """
 
     loss: float = 0.0
@@ -69,10 +74,11 @@ class Spread:
     weight_bytes: int = 0
     storage_bytes: int = 0
     tied: frozenset[frozenset[str]] = frozenset()
-    exact_loss: float = 0.0
-    exact: Tensors = field(default_factory=dict)
     parameters: Tensors = field(default_factory=dict)
     experts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    saved: Tensors = field(default_factory=dict)
+    starved: tuple[str, ...] = ()
+    fed: tuple[int, int] = (0, 0)
 
 
 def mesh_of(case: Case, device: str) -> Any:
@@ -96,6 +102,13 @@ class Job:
     ranks: int = 1
     mesh: Any = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    _plans: dict[Setting, Any] = field(default_factory=dict, init=False)
+
+    def plan(self, setting: Setting) -> Any:
+        """The implementation's plan, asked for once a setting."""
+        if setting not in self._plans:
+            self._plans[setting] = self.subject.plan(setting, options=self.options)
+        return self._plans[setting]
 
     @property
     def strategy(self) -> str:
@@ -110,7 +123,7 @@ class Job:
     def model(self, setting: Setting) -> nn.Module:
         """Built, prepared and spread, adapters filled by name."""
         subject = self.subject
-        plan = subject.plan(setting, options=self.options)
+        plan = self.plan(setting)
         built = subject.impl.build(self.path, plan, self.mesh)
         if next(built.parameters()).device.type != subject.device.partition(":")[0]:
             built = built.to(subject.device)  # `to` unties what was sharded while loading
@@ -133,8 +146,9 @@ class Job:
 
     def batch(self, samples: Sequence[Any], setting: Setting) -> dict[str, Any]:
         """This rank's batch, collated from its own rows."""
-        plan = self.subject.plan(setting, options=self.options)
-        return self.subject.to(self.subject.collate(self.share(samples), plan), setting.dtype)
+        return self.subject.to(
+            self.subject.collate(self.share(samples), self.plan(setting)), setting.dtype
+        )
 
     def items(self, samples: Sequence[Any]) -> float:
         """What each rank divides its summed loss by: labelled tokens over the ranks averaged."""
@@ -170,28 +184,25 @@ def summoned(model: nn.Module, gradients: bool = False) -> Iterator[None]:
 def gradients_of(model: nn.Module) -> Tensors:
     """Every gradient, whole, by canonical name; all ranks call it."""
     with summoned(model, gradients=True):
-        return {
-            canonical_name(name): full(p.grad)
-            for name, p in model.named_parameters()
-            if p.grad is not None and p.requires_grad
-        }
+        return gathered(
+            {
+                canonical_name(name): p.grad
+                for name, p in model.named_parameters()
+                if p.grad is not None and p.requires_grad
+            }
+        )
 
 
 def parameters_of(model: nn.Module, trainable: bool = False) -> Tensors:
     """Every parameter, whole, by canonical name; all ranks call it."""
     with summoned(model):
-        return {
-            canonical_name(name): full(p)
-            for name, p in model.named_parameters()
-            if p.requires_grad or not trainable
-        }
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part."""
-    part: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    found: Tensor = part
-    return found
+        return gathered(
+            {
+                canonical_name(name): p
+                for name, p in model.named_parameters()
+                if p.requires_grad or not trainable
+            }
+        )
 
 
 def size(tensors: Sequence[Tensor]) -> int:
@@ -254,16 +265,55 @@ def norm_of(gradients: Tensors) -> float:
     return float(torch.stack([g.double().norm() for g in gradients.values()]).norm())
 
 
+def saved(job: Job, model: nn.Module) -> Tensors:
+    """What the implementation's `save` writes from all ranks; read on rank 0."""
+    from safetensors.torch import load_file
+
+    where = [tempfile.mkdtemp(prefix="conformance-saved-") if job.rank == 0 else ""]
+    if job.mesh is not None:
+        dist.broadcast_object_list(where, src=0)
+    folder = Path(where[0])
+    try:
+        job.subject.impl.save(model, folder)
+        if job.mesh is not None:
+            dist.barrier()
+        if job.rank:
+            return {}
+        files = sorted(folder.glob("*.safetensors"))
+        return {name: t for file in files for name, t in load_file(file).items()}
+    finally:
+        if not job.rank:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def watch_layer(model: nn.Module, wrap_class: str, seen: Spread) -> Any:
+    """A hook that records the rows and tokens that the first decoder layer is given."""
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        seen.fed = (int(hidden.shape[-3]), int(hidden.shape[-2]))  # gemma3n: (streams, B, S, H)
+
+    layers = (m for m in model.modules() if wrap_class in {c.__name__ for c in type(m).__mro__})
+    return next(layers).register_forward_pre_hook(record, with_kwargs=True)
+
+
 def observe_step(job: Job, seen: Spread) -> nn.Module:
     """The step in the setting's dtype: loss, gradients, bytes, clipping."""
     setting = job.subject.case.setting
     model = job.model(setting)
     seen.tied = tied_groups(model)
+    if setting.tuning.startswith("lora") and job.subject.claims("save"):
+        seen.saved = saved(job, model)
     samples = job.samples()
     seen.items = sum(int((s["labels"][1:] != IGNORE).sum()) for s in job.share(samples))
+    watch = watch_layer(model, job.subject.model_spec.wrap_class, seen)
     seen.loss = job.backward(model, job.batch(samples, setting), job.items(samples))
+    watch.remove()
     seen.gradients = gradients_of(model)
     trained = [p for p in model.parameters() if p.requires_grad]
+    seen.starved = tuple(
+        canonical_name(n) for n, p in model.named_parameters() if p.requires_grad and p.grad is None
+    )
     parts = [local(p.grad) for p in trained if p.grad is not None]
     seen.gradient_bytes, seen.trained_bytes = size(parts), size([local(p) for p in trained])
     weights = [local(p) for p in model.parameters()]
@@ -273,38 +323,43 @@ def observe_step(job: Job, seen: Spread) -> nn.Module:
         for name, p in model.named_parameters()
         if p.dim() == 3 and "experts" in name and "lora_" not in name
     }
-    seen.norm = clip(job.subject, model, MAX_NORM)
-    seen.clipped = norm_of(gradients_of(model))
     return model
 
 
 def observe_accumulation(job: Job, model: nn.Module, seen: Spread) -> None:
-    """Two batches, reduced once and twice."""
-    setting = job.subject.case.setting
-    parts = [job.samples(seed) for seed in (0, 1)]
-    items = sum(job.items(part) for part in parts)
-    first, second = (job.batch(part, setting) for part in parts)
-    for once in (True, False):
-        model.zero_grad(set_to_none=True)
-        with no_sync(job.subject, model) if once else contextlib.nullcontext():
-            job.backward(model, first, items)
-        job.backward(model, second, items)
-        if once:
-            seen.once = gradients_of(model)
-        else:
-            seen.twice = gradients_of(model)
+    """Two batches, reduced after each (the first was `observe_step`'s) and once at the end; the
+    first one's gradients are left."""
+    setting, samples = job.subject.case.setting, job.samples()
+    items = job.items(samples)
+    first, second = (job.batch(part, setting) for part in (samples, job.samples(1)))
+    kept = [None if p.grad is None else local(p.grad).clone() for p in model.parameters()]
+    job.backward(model, second, items)
+    seen.twice = gradients_of(model)
+    model.zero_grad(set_to_none=True)
+    with no_sync(job.subject, model):
+        job.backward(model, first, items)
+    job.backward(model, second, items)
+    seen.once = gradients_of(model)
+    for parameter, gradient in zip(model.parameters(), kept, strict=True):
+        if parameter.grad is not None and gradient is not None:
+            local(parameter.grad).copy_(gradient)
 
 
 def observe_training(job: Job, model: nn.Module, seen: Spread) -> None:
-    """A few steps of SGD, then the loss in evaluation mode and what every rank holds."""
+    """Clipping of the gradients that are there, two steps of SGD with clipped gradients, the loss
+    in evaluation mode, and what every rank holds."""
     setting, samples = job.subject.case.setting, job.samples()
     batch, items = job.batch(samples, setting), job.items(samples)
-    seen.before = {name: digest(p) for name, p in parameters_of(model).items()}
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    for _ in range(STEPS):
-        optimizer.zero_grad(set_to_none=True)
-        job.backward(model, batch, items)
-        optimizer.step()
+    if job.mesh is None:
+        seen.before = {name: digest(p) for name, p in parameters_of(model).items()}
+    seen.norm = clip(job.subject, model, MAX_NORM)
+    seen.clipped = norm_of(gradients_of(model))
+    optimizer = LocalOptimizer(model, torch.optim.SGD, lr=TRAINING_RATE)
+    optimizer.step()
+    model.zero_grad(set_to_none=True)
+    job.backward(model, batch, items)
+    clip(job.subject, model, MAX_NORM)
+    optimizer.step()
     model.eval()
     with torch.no_grad():
         seen.evaluated = job.mean(job.subject.loss(model, batch, items).detach())
@@ -313,14 +368,11 @@ def observe_training(job: Job, model: nn.Module, seen: Spread) -> None:
 
 
 def observe_exact(job: Job, seen: Spread) -> None:
-    """Loss, gradients, and every trained parameter after one AdamW step, in float64."""
+    """Every trained parameter after one AdamW step in float64."""
     setting = job.subject.case.setting.but(dtype="float64")
     model, samples = job.model(setting), job.samples()
-    seen.exact_loss = job.backward(model, job.batch(samples, setting), job.items(samples))
-    seen.exact = gradients_of(model)
-    torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=RATE, eps=EPSILON
-    ).step()
+    job.backward(model, job.batch(samples, setting), job.items(samples))
+    LocalOptimizer(model, torch.optim.AdamW, lr=RATE, eps=EPSILON).step()
     seen.parameters = parameters_of(model, trainable=True)
 
 
@@ -348,7 +400,7 @@ def on_rank(
         mesh = mesh_of(case, context.device)
         seen = fn(Job(subject, path, context.rank, context.world_size, mesh, options))
     if context.rank and isinstance(seen, Spread):
-        for name in ("gradients", "once", "twice", "exact", "parameters"):
+        for name in ("gradients", "once", "twice", "parameters"):
             setattr(seen, name, {})
     return seen
 

@@ -63,9 +63,29 @@ def attach(model: nn.Module, plan: TrainingPlan) -> nn.Module:
         )
     except ValueError as error:
         raise Refused(f"LoRA on {type(model).__name__}: {error}") from error
+    make_whole(adapted)
     start_by_name(adapted)
     assert isinstance(adapted, nn.Module)
     return adapted
+
+
+def make_whole(adapted: nn.Module) -> None:
+    """Give adapters of layers that gather their sharded output a whole lora_B on every rank.
+
+    PEFT (0.21) sizes lora_B by the layer's local rows and knows no style but colwise and rowwise;
+    on `colwise_gather_output` (DeltaNet's projections) it is too small by the number of ranks.
+    Input and gathered output are whole on every rank, and so are the adapter's gradients.
+    """
+    for module in adapted.modules():
+        base = getattr(module, "base_layer", None)
+        weight, factors = getattr(base, "weight", None), getattr(module, "lora_B", None)
+        if getattr(base, "_hf_tp_plan", None) != "colwise_gather_output" or weight is None:
+            continue
+        for factor in factors.values() if isinstance(factors, nn.ModuleDict) else ():
+            if factor.weight.shape[0] != weight.shape[0]:
+                factor.out_features = weight.shape[0]  # of a DTensor: the whole's
+                whole = factor.weight.new_zeros(weight.shape[0], factor.weight.shape[1])
+                factor.weight = nn.Parameter(whole, factor.weight.requires_grad)
 
 
 def peft_config(model: nn.Module, plan: TrainingPlan) -> Any:

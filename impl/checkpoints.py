@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .adapter_history import in_todays_layout
 from .adapter_layout import from_disk, mend_file
-from .adapters import parameter_targets
+from .adapters import make_whole, parameter_targets
 from .errors import Refused
 from .model_facts import is_adapted, text_config, unwrap, without_parallel
 from .patches.literal_lora_targets import take_literally
@@ -145,6 +145,7 @@ def _load_adapter(model: nn.Module, folder: Path) -> nn.Module:
             raise Refused(f"{folder}: {error}") from error
         finally:
             literal()
+        make_whole(adapted)
     tensors = in_todays_layout(adapted, from_disk(adapted, tensors), _written_by(folder))
     put_adapter(adapted, tensors, folder)
     assert isinstance(adapted, nn.Module)

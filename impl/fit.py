@@ -46,8 +46,9 @@ class TokenWeightedTrainer(Trainer):
     ) -> Any:
         """The loss of `impl.loss`, times the ranks, since their gradients are averaged."""
         ranks = self.accelerator.num_processes if num_items_in_batch is not None else 1
-        if return_outputs:
-            return loss_and_outputs(model, inputs, num_items_in_batch)
+        if return_outputs:  # in evaluation, where the ranks' losses are averaged as well
+            value, outputs = loss_and_outputs(model, inputs, num_items_in_batch)
+            return (value * ranks if ranks > 1 else value), outputs
         value = loss(model, inputs, num_items_in_batch, label_smoothing=self.smoothing)
         return value * ranks if ranks > 1 else value
 

@@ -82,7 +82,6 @@ def parallelize(model: nn.Module, plan: ParallelPlan | TrainingPlan, mesh: Any =
     the combination would train wrongly, Unsupported where the libraries cannot do it.
     """
     if isinstance(plan, TrainingPlan):
-        _refuse_unfed_towers(plan)
         plan = ParallelPlan.from_training(plan)
     if plan.strategy == "single":
         return model
@@ -102,18 +101,6 @@ def parallelize(model: nn.Module, plan: ParallelPlan | TrainingPlan, mesh: Any =
         return parallel_data.fsdp2(model, plan, mesh)
     enable_context_parallel(model, plan.wrap_classes, mesh)
     return parallel_data.ddp(model, mesh, plan.find_unused_parameters)
-
-
-def _refuse_unfed_towers(plan: TrainingPlan) -> None:
-    """Refuse trained towers under FSDP2: a rank without images has no gradient for them, so ranks
-    reduce buffers of different sizes, which fails or hangs (Automodel#2566)."""
-    thawed = [part for part in plan.traits.components if part not in plan.freeze]
-    if thawed and plan.lora is None and plan.strategy in ("fsdp2", "hsdp"):
-        raise Refused(
-            f"{plan.strategy}: {', '.join(thawed)} would be trained, and a rank without images has"
-            " no gradient for them: FSDP2 reduces what each rank has, and sizes differ; set"
-            " freeze_mm_modules: true, or use ddp"
-        )
 
 
 def _full(tensor: torch.Tensor) -> torch.Tensor:

@@ -83,7 +83,8 @@ def decide_fsdp(draft: Draft, lora: LoraPlan | None) -> tuple[str, ...]:
     """Every `fsdp*` key; returns the decoder layer classes, which FSDP makes its units and context
     parallel cuts at.
 
-    Refused: FSDP1 with adapters (the bytes of its gradients), a unit that is no layer of the model.
+    Refused: FSDP1 with adapters (the bytes of its gradients), FSDP2 with trained towers, a unit
+    that is no layer of the model.
     """
     if not draft.fsdp:
         for name in FSDP_KEYS:
@@ -91,6 +92,8 @@ def decide_fsdp(draft: Draft, lora: LoraPlan | None) -> tuple[str, ...]:
         return draft.traits.cls.layer_classes if draft.traits.cls else ()
     if draft.strategy == "fsdp1" and lora is not None:
         raise Refused(_fsdp1_bytes(draft, lora))
+    if draft.strategy in ("fsdp2", "hsdp") and lora is None:
+        _refuse_unfed_towers(draft)
     classes = _units(draft)
     version = 1 if draft.strategy == "fsdp1" else 2
     names = ",".join(classes)
@@ -108,6 +111,17 @@ def decide_fsdp(draft: Draft, lora: LoraPlan | None) -> tuple[str, ...]:
     }
     draft.decide("fsdp_config", config, "version, policy and unit as decided above")
     return classes
+
+
+def _refuse_unfed_towers(draft: Draft) -> None:
+    thawed = [part for part in draft.traits.components if part not in draft.freeze]
+    if thawed:
+        raise Refused(
+            f"{draft.strategy} with {', '.join(thawed)} trained: a rank whose batch has no image"
+            " has no gradient for them, and FSDP2 reduces on each rank what that rank has, so the"
+            " ranks' buffers differ in size and training fails or hangs (Automodel#2566); set"
+            " freeze_mm_modules: true, or use ddp"
+        )
 
 
 def _units(draft: Draft) -> tuple[str, ...]:

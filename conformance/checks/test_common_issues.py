@@ -159,7 +159,7 @@ def test_offload_rows(case: Case, subject: Subject, measured: Measured) -> None:
     "I08",
     needs=("plan",),
     models=("gemma4-moe", "gemma4-dense"),
-    settings=("lora", "qlora"),
+    settings=("lora",),
     strategies=("fsdp1",),
     marks=ISSUES,
 )
@@ -189,3 +189,49 @@ def test_fsdp2_row(case: Case, subject: Subject, measured: Measured) -> None:
     wrapped = decision(subject, "fsdp_transformer_layer_cls_to_wrap")
     assert wrapped == "Gemma4TextDecoderLayer", f"{case.id}: the plan wraps {wrapped}"
     assert_step(subject, evidence.evidence(subject), measured)
+
+
+@check("I10", needs=RANKS, models=("mixtral",), strategies=("tp_ep",), marks=ISSUES)
+def test_old_expert_parallel_flag(case: Case, subject: Subject, measured: Measured) -> None:
+    """`enable_expert_parallel=True` is accepted and does nothing; the working form halves experts.
+
+    live defect L8 (documented as removed in transformers 5.21)
+    """
+    stock = evidence.start(subject, issue_steps.old_expert_flag)[0]
+    if stock["known"]:
+        assert stock["local"] == stock["in all"], f"{case.id}: the flag works: {stock}"
+    seen = evidence.evidence(subject).first.experts
+    assert seen, f"{case.id}: no stacked expert weight"
+    for name, (here, whole) in seen.items():
+        measured["experts on a rank"] = here
+        assert 2 * here == whole, f"{case.id}: {name}: {here} of {whole} experts on a rank"
+
+
+@check(
+    "I11",
+    needs=("plan",),
+    models=("gemma4-dense",),
+    settings=("qlora",),
+    strategies=("fsdp1",),
+    marks=ISSUES,
+)
+def test_fsdp1_of_packed_weights(
+    case: Case, subject: Subject, measured: Measured, unavailable: Any
+) -> None:
+    """FSDP1 holds each 4-bit unit twice while sharding, and keeps gradients of packed bytes.
+
+    specification, multi-GPU table, "FSDP1: OOM during sharding with QLoRA" (live defect L19)
+    """
+    try:
+        import bitsandbytes  # noqa: F401
+    except Exception as error:
+        unavailable(f"bitsandbytes: {type(error).__name__}: {error}")
+    seen = evidence.start(subject, issue_steps.packed_sharding)[0]
+    measured.update(seen)
+    assert seen["packed"] > 0 and seen["before"] > seen["packed"], f"{case.id}: {seen}"
+    assert seen["during"] >= seen["before"] + 0.4 * seen["unit"], f"{case.id}: no copy: {seen}"
+    assert seen["after"] < 0.6 * seen["before"], f"{case.id}: nothing is sharded: {seen}"
+    share = (seen["gradients"] - seen["trained"]) / (seen["packed"] / case.strategy.ranks)
+    measured["share of packed bytes with a gradient"] = share
+    assert share > 0.5, f"{case.id}: only what is trained has gradients: {seen}"
+    assert declined(subject, lambda: subject.plan(), measured), f"{case.id}: it is planned"

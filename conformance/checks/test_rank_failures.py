@@ -30,8 +30,9 @@ FAILURES: dict[str, tuple[Callable[..., Any], type[Exception], int | None, str]]
 
 
 def left_over() -> list[str]:
-    """Scratch directories of ranks on this machine."""
-    return [n for n in os.listdir(tempfile.gettempdir()) if n.startswith("conformance-ranks-")]
+    """Scratch directories of this process's ranks (other workers have theirs)."""
+    mine = f"conformance-ranks-{os.getpid()}-"
+    return [name for name in os.listdir(tempfile.gettempdir()) if name.startswith(mine)]
 
 
 def failure_of(fn: Callable[..., Any]) -> tuple[Exception | None, float]:

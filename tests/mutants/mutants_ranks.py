@@ -157,6 +157,46 @@ def an_adapter_is_not_reduced(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutant(
+    "b148",
+    case="F21/gemma4-moe/lora/hsdp",
+    issue="bugs.md §7 (gradients summed)",
+    implementation=f"{ADAPTERS}:SUMMED",
+)
+def hybrid_adapters_are_summed(patch: pytest.MonkeyPatch) -> None:
+    """Gradients of adapters are four times those of one process."""
+
+
+@mutant(
+    "L6",
+    case="P17/mixtral/lora/ddp",
+    issue="live defect L6",
+    implementation=f"{ADAPTERS}:STARVED",
+)
+def an_adapter_of_ranks_gets_nothing(patch: pytest.MonkeyPatch) -> None:
+    """An adapter has no gradient."""
+
+
+@mutant(
+    "L8",
+    case="X14/mixtral/-/fsdp2",
+    issue="live defect L8",
+    implementation=f"{ADAPTERS}:REPLICATED",
+)
+def a_request_to_shard_is_ignored(patch: pytest.MonkeyPatch) -> None:
+    """Each rank holds every weight."""
+
+
+@mutant(
+    "generic-resume",
+    case="C14/gemma4-moe/lora/hsdp",
+    issue="https://github.com/axolotl-ai-cloud/axolotl/pull/3444",
+    implementation=f"{ADAPTERS}:LOADS_ANEW",
+)
+def four_ranks_start_anew(patch: pytest.MonkeyPatch) -> None:
+    """The trained adapter is not there."""
+
+
+@mutant(
     "b057",
     case="F15/mixtral/-/ddp",
     issue="https://github.com/axolotl-ai-cloud/axolotl/pull/3478",
@@ -295,98 +335,6 @@ def rank_0_saves_its_shards(patch: pytest.MonkeyPatch) -> None:
 )
 def resuming_starts_anew(patch: pytest.MonkeyPatch) -> None:
     """The trained adapter is not there."""
-
-
-@mutant(
-    "b130",
-    case="I01/gemma4-dense/-/ddp",
-    issue="https://github.com/axolotl-ai-cloud/axolotl/pull/3584",
-    implementation=f"{ADAPTERS}:READS_WRAPPER",
-    crash=(AssertionError, RankFailed),
-)
-def config_is_read_on_the_wrapper(patch: pytest.MonkeyPatch) -> None:
-    """DDP has no config."""
-
-
-@mutant(
-    "b132",
-    case="I02/gemma4-dense/ckpt-nonreentrant/ddp",
-    issue="https://github.com/axolotl-ai-cloud/axolotl/pull/3584",
-    implementation=f"{ADAPTERS}:REENTRANT",
-    crash=(AssertionError, RankFailed),
-)
-def checkpoints_stay_reentrant(patch: pytest.MonkeyPatch) -> None:
-    """A parameter is marked ready twice."""
-
-
-@mutant(
-    "L6",
-    case="I03/gemma4-e2b/lora/single",
-    issue="live defect L6",
-    implementation=f"{ADAPTERS}:STARVED",
-)
-def an_adapter_gets_nothing(patch: pytest.MonkeyPatch) -> None:
-    """An adapter has no gradient."""
-
-
-@mutant(
-    "b133",
-    case="I04/gemma4-dense/-/fsdp2",
-    issue="live defect L18",
-    implementation=f"{ADAPTERS}:WRAPS_AUDIO",
-)
-def the_audio_layer_is_wrapped(patch: pytest.MonkeyPatch) -> None:
-    """The plan names a class that the model lacks."""
-
-
-@mutant(
-    "L6",
-    case="I05/gemma4-dense/lora/single",
-    issue="live defect L6",
-    implementation=f"{ADAPTERS}:STARVED",
-)
-def a_tower_adapter_gets_nothing(patch: pytest.MonkeyPatch) -> None:
-    """An adapter has no gradient."""
-
-
-@mutant(
-    "b131",
-    case="I06/gemma4-moe/-/ddp",
-    issue="https://github.com/axolotl-ai-cloud/axolotl/pull/3584",
-    implementation=f"{ADAPTERS}:NEVER_SEARCHES",
-)
-def the_plan_does_not_search(patch: pytest.MonkeyPatch) -> None:
-    """DDP stops on unused parameters."""
-
-
-@mutant(
-    "b132",
-    case="I07/gemma4-moe/offload/ddp",
-    issue="specification, multi-GPU table",
-    implementation=f"{ADAPTERS}:ALWAYS_SEARCHES",
-)
-def the_plan_searches_under_offload(patch: pytest.MonkeyPatch) -> None:
-    """Offload wrappers are marked twice."""
-
-
-@mutant(
-    "L19",
-    case="I08/gemma4-dense/lora/fsdp1",
-    issue="live defect L19",
-    implementation=f"{ADAPTERS}:PLANS_FSDP1",
-)
-def fsdp1_is_planned_with_adapters(patch: pytest.MonkeyPatch) -> None:
-    """Memory for gradients of frozen weights."""
-
-
-@mutant(
-    "b133",
-    case="I09/gemma4-moe/-/fsdp2",
-    issue="live defect L18",
-    implementation=f"{ADAPTERS}:WRAPS_AUDIO",
-)
-def another_class_is_wrapped(patch: pytest.MonkeyPatch) -> None:
-    """The plan names a class that the model lacks."""
 
 
 @mutant(

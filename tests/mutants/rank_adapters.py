@@ -168,6 +168,43 @@ class Replicated(Reference):
         return super().parallelize(model, replace(plan, strategy="ddp"), mesh)
 
 
+class TensorsOnly(Reference):
+    """Expert parallel is asked for, and only tensors are spread."""
+
+    def _plain(self, plan: Any) -> Any:
+        return replace(plan, strategy="tp") if plan.strategy == "tp_ep" else plan
+
+    def build(self, path: Any, plan: Any, mesh: Any = None) -> Any:
+        return super().build(path, self._plain(plan), mesh)
+
+    def parallelize(self, model: Any, plan: Any, mesh: Any) -> Any:
+        return super().parallelize(model, self._plain(plan), mesh)
+
+
+class ResumesAnew(Reference):
+    """A launched run that resumes starts from the beginning, for the steps that were left."""
+
+    def resume(self, model: Any, samples: Any, plan: Any, **options: Any) -> Any:
+        options.pop("resume")
+        options["steps"] //= 2
+        return super().fit(model, samples, plan, **options)
+
+
+class EvaluatesAShare(Reference):
+    """In evaluation each rank's share of the loss is averaged instead of added."""
+
+    def fit(self, model: Any, samples: Any, plan: Any, **options: Any) -> Any:
+        trainer = super().fit(model, samples, plan, **options)
+        evaluate, ranks = trainer.evaluate, dist.get_world_size() if on_ranks() else 1
+
+        def shared(*args: Any, **kwargs: Any) -> Any:
+            found = evaluate(*args, **kwargs)
+            return {**found, "eval_loss": found["eval_loss"] / ranks}
+
+        trainer.evaluate = shared
+        return trainer
+
+
 class Rank1Differs(Reference):
     """A key that rank 1 misses is initialised anew."""
 
@@ -317,6 +354,8 @@ UNINITIALISED, NO_WINDOW, LOST_LAYER, REPLICATED = (
     LostLayer(),
     Replicated(),
 )
+TENSORS_ONLY = TensorsOnly()
+RESUMES_ANEW, EVALUATES_A_SHARE = ResumesAnew(), EvaluatesAShare()
 RANK_1_DIFFERS, CAST_BUFFERS, LOCAL_NORM = Rank1Differs(), CastBuffers(), LocalNorm()
 SUMS_TWICE, SAVES_SHARDS, LOADS_ANEW = SumsTwice(), SavesShards(), LoadsAnew()
 COPIES_SHARED, STARVED, REENTRANT, PLANS_FSDP1 = (
