@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import wave
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from conformance.case import Model
@@ -247,16 +245,6 @@ def sound(samples: int) -> Any:
 
     time = numpy.arange(samples) / RATE
     return (0.5 * numpy.sin(2 * numpy.pi * (300 + 200 * time) * time)).astype("float32")
-
-
-def sound_file(path: Path, samples: int) -> Path:
-    """The tone as a 16-bit WAV file."""
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(RATE)
-        file.writeframes((sound(samples) * 32767).astype("int16").tobytes())
-    return path
 
 
 def film(frames: int, height: int, width: int) -> Any:

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from .errors import Refused
 from .loss import IGNORED
+from .model_facts import TYPE_ID_NAMES
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_PER_TOKEN = ("input_ids", "attention_mask", "assistant_masks", *TYPE_ID_NAMES)
 _PICTURE_KEYS = ("image", "path", "url")
 # Named tokens of tokenizers and processors that stand for a medium or for one of its ends.
 _MEDIA = (
@@ -117,11 +119,6 @@ def _rendered(processor: Any, messages: list[dict[str, Any]]) -> dict[str, Tenso
         per_token = tensor.dim() == 2 and tensor.shape[0] == 1 and tensor.shape[1] == length
         kept[name] = tensor[0] if per_token and name in _PER_TOKEN else tensor
     return kept
-
-
-_PER_TOKEN = ("input_ids", "attention_mask", "assistant_masks", "mm_token_type_ids") + (
-    "token_type_ids",
-)
 
 
 def _opened(message: Mapping[str, Any], index: int) -> dict[str, Any]:

@@ -219,7 +219,7 @@ def test_the_stop_token_trains(case: Case, subject: Subject, measured: Measured)
 def test_media_never_train(
     case: Case, subject: Subject, measured: Measured, unavailable: Decline
 ) -> None:
-    """Padding, pictures, sounds and what begins and ends them are never labelled, wherever they are.
+    """Padding, pictures, sounds and what begins and ends them are never labelled, anywhere.
 
     https://github.com/axolotl-ai-cloud/axolotl/pull/3625
     """

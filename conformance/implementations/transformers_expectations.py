@@ -374,8 +374,34 @@ TRAINING = (
         raises=(RuntimeError,),
     ),
 )
+CONVERSATIONS = (
+    Expectation(
+        "T06/*/-/single",
+        "a template that marks no assistant's turn gives a mask of zeros and one logged line: the"
+        " batch has no label at all",
+        "https://github.com/huggingface/trl/issues/6577",
+    ),
+    Expectation(
+        "T07/*/-/single",
+        "the assistant mask is what the template marks; a stop token written behind the mark is"
+        " not in it, and the model is never told to stop",
+        f"{_AXOLOTL}/3756",
+    ),
+    Expectation(
+        "T08/*/images/single",
+        "a picture inside an assistant's turn is expanded inside its mask, so placeholders and"
+        " what begins and ends them are labelled",
+        f"{_AXOLOTL}/3625",
+    ),
+    *_each(
+        ("V24/*/images/single", "V25/*/images/single"),
+        "the error of a batch says what is wrong and not in which conversation",
+        f"{_TRANSFORMERS}/35779",
+    ),
+)
 
 EXPECTATIONS: tuple[Expectation, ...] = (
+    *CONVERSATIONS,
     *TRAINING,
     *HISTORY,
     *FORWARD,
