@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -239,6 +240,13 @@ def blank(width: int, height: int) -> Any:
     return Image.merge("RGB", (slope, slope.transpose(Image.Transpose.ROTATE_180), slope))
 
 
+def noise(width: int, height: int) -> Any:
+    """A picture of the same noise each time."""
+    from PIL import Image
+
+    return Image.frombytes("RGB", (width, height), random.Random(0).randbytes(3 * width * height))
+
+
 def sound(samples: int) -> Any:
     """A rising tone of so many samples, float32 in ±0.5, as `numpy` has it."""
     import numpy
@@ -266,9 +274,11 @@ def conversation(
 ) -> Conversation:
     """A system turn, then `turns` questions with answers; `parts` come inside the first question.
 
-    index: picks questions and answers, so that conversations have unequal numbers of labels.
+    index: picks questions and answers, so that conversations have unequal numbers of labels, and
+    how the system's turn is written (as text, or as a list of parts).
     """
-    found: Conversation = [{"role": "system", "content": "be brief"}] if system else []
+    brief: Any = "be brief" if index % 2 == 0 else [{"type": "text", "text": "be brief"}]
+    found: Conversation = [{"role": "system", "content": brief}] if system else []
     for turn in range(turns):
         question = _QUESTIONS[(index + turn) % len(_QUESTIONS)]
         words = [{"type": "text", "text": question}]

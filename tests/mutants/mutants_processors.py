@@ -39,6 +39,28 @@ def the_templates_default_changed(patch: pytest.MonkeyPatch) -> None:
     rendering(patch, lambda text, messages: text.replace("<|turn>system\nbe brief<turn|>\n", ""))
 
 
+@mutant("b186", case="T01/gemma3-vlm/-/single", issue=f"{PULL}/3728")
+def the_system_turn_is_lost_in_the_loop(patch: pytest.MonkeyPatch) -> None:
+    """What a loop of the template sets is gone behind it."""
+    rendering(patch, lambda text, messages: text.replace("be brief\n\n", ""))
+
+
+@mutant("b188", case="T02/qwen3_5/-/single", issue=f"{PULL}/3592")
+def spans_are_those_of_the_raw_text(patch: pytest.MonkeyPatch) -> None:
+    """Marked spans are not moved by what pictures are replaced with."""
+
+    def make(original: Any) -> Any:
+        def adjust(self: Any, found: Any, spans: Any) -> Any:
+            found["text_replacement_offsets"] = None
+            return original(self, found, spans)
+
+        return adjust
+
+    around(
+        patch, "transformers.processing_utils:ProcessorMixin._adjust_assistant_masks_indices", make
+    )
+
+
 @mutant("b183", case="T02/gemma4-dense/-/single", issue=f"{PULL}/3625")
 def every_turn_trains(patch: pytest.MonkeyPatch) -> None:
     """A model is trained on its user's turns too."""
