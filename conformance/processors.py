@@ -136,9 +136,14 @@ def turns(layout: str) -> Turns:
 
 
 def missing(name: str, *kinds: str) -> str | None:
-    """Why a model's processor cannot take "image", "video" or "audio" here; None where it can."""
+    """Why a model's processor cannot be had here, or not take "image", "video" or "audio"; None
+    where it can."""
     import transformers
 
+    try:
+        getattr(transformers, KITS[name].processor or "PreTrainedTokenizerFast")
+    except (AttributeError, ImportError) as error:
+        return f"{KITS[name].processor} {_lacks(error)}"
     for kind in kinds:
         named = getattr(KITS[name], kind)
         if named is None:
@@ -146,9 +151,13 @@ def missing(name: str, *kinds: str) -> str | None:
         try:
             getattr(transformers, named[0])(**named[1])
         except (AttributeError, ImportError) as error:
-            lacks = "needs torchvision" if "orchvision" in str(error) else str(error).strip()
-            return f"{named[0]} {lacks}"
+            return f"{named[0]} {_lacks(error)}"
     return None
+
+
+def _lacks(error: BaseException) -> str:
+    told = f"{error} {error.__cause__}"
+    return "needs torchvision" if "orchvision" in told else str(error).strip().splitlines()[0]
 
 
 @cache
@@ -277,7 +286,7 @@ def conversation(
     index: picks questions and answers, so that conversations have unequal numbers of labels, and
     how the system's turn is written (as text, or as a list of parts).
     """
-    brief: Any = "be brief" if index % 2 == 0 else [{"type": "text", "text": "be brief"}]
+    brief: Any = "be brief" if index % 2 else [{"type": "text", "text": "be brief"}]
     found: Conversation = [{"role": "system", "content": brief}] if system else []
     for turn in range(turns):
         question = _QUESTIONS[(index + turn) % len(_QUESTIONS)]

@@ -64,12 +64,16 @@ def record(name: str) -> dict[str, Any]:
 
 
 @check("T01", **LAYOUTS)
-def test_template_renders_as_committed(case: Case, measured: Measured) -> None:
+def test_template_renders_as_committed(
+    case: Case, measured: Measured, unavailable: Decline
+) -> None:
     """The rendered template and the hash of its token ids are those committed.
 
     https://github.com/axolotl-ai-cloud/axolotl/issues/1806
     """
     assert case.model is not None
+    if reason := processors.missing(case.model.name):
+        return unavailable(reason)
     kit = processors.KITS[case.model.name]
     want = golden(kit.layout)["pictures" if kit.image else "text"]
     got = record(case.model.name)
@@ -79,12 +83,16 @@ def test_template_renders_as_committed(case: Case, measured: Measured) -> None:
 
 
 @check("T02", needs=("plan", "chat"), **LAYOUTS)
-def test_what_trains_is_the_assistants(case: Case, subject: Subject, measured: Measured) -> None:
+def test_what_trains_is_the_assistants(
+    case: Case, subject: Subject, measured: Measured, unavailable: Decline
+) -> None:
     """Labels are the assistant's turns with their stop tokens, and nothing else, to the token.
 
     https://github.com/axolotl-ai-cloud/axolotl/pull/3756
     """
     name = subject.model_spec.name
+    if reason := processors.missing(name):
+        return unavailable(reason)
     rows = [said(name, index=i, turns=1 + i) for i in range(3)]
     batch = chat(subject, name, rows)
     stop = processors.turns(processors.KITS[name].layout).stop
@@ -105,7 +113,7 @@ def test_what_trains_is_the_assistants(case: Case, subject: Subject, measured: M
 
 
 @check("T04", **LAYOUTS)
-def test_special_ids_are_the_models(case: Case, measured: Measured) -> None:
+def test_special_ids_are_the_models(case: Case, measured: Measured, unavailable: Decline) -> None:
     """Special, pad and begin ids are those committed and those of the model's config, each once.
 
     https://github.com/hiyouga/LLaMA-Factory/issues/10389
@@ -114,6 +122,8 @@ def test_special_ids_are_the_models(case: Case, measured: Measured) -> None:
 
     assert case.model is not None
     name = case.model.name
+    if reason := processors.missing(name):
+        return unavailable(reason)
     got = record(name)["special"]
     want = golden(processors.KITS[name].layout)["pictures"]["special"]
     assert got == want, f"{case.id}: special ids are {got}, committed are {want}"
@@ -135,13 +145,17 @@ def test_special_ids_are_the_models(case: Case, measured: Measured) -> None:
 
 
 @check("T05", **LAYOUTS)
-def test_a_beginning_renders_to_a_beginning(case: Case, measured: Measured) -> None:
+def test_a_beginning_renders_to_a_beginning(
+    case: Case, measured: Measured, unavailable: Decline
+) -> None:
     """Each beginning of a conversation, and the prompt for its answer, renders to a beginning.
 
     An invariant kept without a thread: a template that rewrites earlier turns moves every label.
     """
     assert case.model is not None
     name = case.model.name
+    if reason := processors.missing(name):
+        return unavailable(reason)
     parts = [{"type": "image", "image": None}] if processors.KITS[name].image else []
     messages = processors.conversation(parts, turns=3)
     tokenizer = processors.tokenizer_of(processors.processor(name))
@@ -174,24 +188,32 @@ def unmarked(template: str) -> str:
 
 
 @check("T06", needs=("plan", "chat"), **LAYOUTS)
-def test_a_template_without_marks_is_refused(case: Case, subject: Subject) -> None:
+def test_a_template_without_marks_is_refused(
+    case: Case, subject: Subject, unavailable: Decline
+) -> None:
     """A template that marks no assistant's turn is one clear error, not a batch without labels.
 
     https://github.com/huggingface/trl/issues/6577
     """
     name = subject.model_spec.name
+    if reason := processors.missing(name):
+        return unavailable(reason)
     rows = [said(name, index=i) for i in range(2)]
     processor = retold(name, unmarked)
     assert_names_its_sample(case, subject, rows, 0, "generation", processor=processor)
 
 
 @check("T07", needs=("plan", "chat"), **LAYOUTS)
-def test_the_stop_token_trains(case: Case, subject: Subject, measured: Measured) -> None:
+def test_the_stop_token_trains(
+    case: Case, subject: Subject, measured: Measured, unavailable: Decline
+) -> None:
     """The stop token trains also where the template's mark ends before it, or it is never learnt.
 
     https://github.com/axolotl-ai-cloud/axolotl/pull/3756
     """
     name = subject.model_spec.name
+    if reason := processors.missing(name):
+        return unavailable(reason)
     stop = processors.turns(processors.KITS[name].layout).stop
 
     def outside(template: str) -> str:

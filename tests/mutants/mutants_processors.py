@@ -50,15 +50,16 @@ def spans_are_those_of_the_raw_text(patch: pytest.MonkeyPatch) -> None:
     """Marked spans are not moved by what pictures are replaced with."""
 
     def make(original: Any) -> Any:
-        def adjust(self: Any, found: Any, spans: Any) -> Any:
-            found["text_replacement_offsets"] = None
-            return original(self, found, spans)
+        def trained(processor: Any, ids: Any, text: str, marks: Any, index: int) -> Any:
+            tokenizer = processor.tokenizer
+            plain = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+            mask = torch.zeros(len(ids), dtype=torch.bool)
+            mask[: len(plain)] = original(processor, plain, text, marks, index)
+            return mask
 
-        return adjust
+        return trained
 
-    around(
-        patch, "transformers.processing_utils:ProcessorMixin._adjust_assistant_masks_indices", make
-    )
+    around(patch, "impl.chat:_trained", make)
 
 
 @mutant("b183", case="T02/gemma4-dense/-/single", issue=f"{PULL}/3625")
@@ -234,7 +235,7 @@ def _grey(patch: pytest.MonkeyPatch) -> None:
 
         return decoded
 
-    around(patch, "impl.chat:_decoded", make)
+    around(patch, "impl.pictures:decoded", make)
 
 
 @mutant("generic-swallowed", case="V23/gemma4-dense/images/single", issue="issue 15")
