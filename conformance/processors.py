@@ -279,14 +279,19 @@ _ANSWERS = ("two red discs", "a square, and a disc", "it is the answer in the te
 
 
 def conversation(
-    parts: Sequence[Message] = (), *, index: int = 0, turns: int = 2, system: bool = True
+    parts: Sequence[Message] = (),
+    *,
+    index: int = 0,
+    turns: int = 2,
+    system: bool = True,
+    plain: bool = False,
 ) -> Conversation:
     """A system turn, then `turns` questions with answers; `parts` come inside the first question.
 
-    index: picks questions and answers, so that conversations have unequal numbers of labels, and
-    how the system's turn is written (as text, or as a list of parts).
+    index: picks questions and answers, so that conversations have unequal numbers of labels.
+    plain: the system's turn is text and no list of parts.
     """
-    brief: Any = "be brief" if index % 2 else [{"type": "text", "text": "be brief"}]
+    brief: Any = "be brief" if plain else [{"type": "text", "text": "be brief"}]
     found: Conversation = [{"role": "system", "content": brief}] if system else []
     for turn in range(turns):
         question = _QUESTIONS[(index + turn) % len(_QUESTIONS)]

@@ -123,7 +123,7 @@ def assert_names_its_sample(
     subject.impl.chat([c for i, c in enumerate(conversations) if i != at], *_known(use, case), plan)
     try:
         batch = subject.impl.chat(conversations, processor, plan)
-    except subject.declines(ValueError, OSError) as error:
+    except subject.declines(ValueError, OSError, RuntimeError) as error:
         text = str(error)
     else:
         labels = int((torch.as_tensor(batch["labels"]) != IGNORE).sum())

@@ -93,7 +93,7 @@ def test_what_trains_is_the_assistants(
     name = subject.model_spec.name
     if reason := processors.missing(name):
         return unavailable(reason)
-    rows = [said(name, index=i, turns=1 + i) for i in range(3)]
+    rows = [said(name, index=i, turns=1 + i, plain=i == 1) for i in range(3)]
     batch = chat(subject, name, rows)
     stop = processors.turns(processors.KITS[name].layout).stop
     tokenizer = processors.tokenizer_of(processors.processor(name))
