@@ -160,17 +160,26 @@ def _lacks(error: BaseException) -> str:
     return "needs torchvision" if "orchvision" in told else str(error).strip().splitlines()[0]
 
 
+def tokenizer(layout: str) -> Any:
+    """A fresh tokenizer of a layout with its chat template."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(str(fixtures() / "tokenizers" / layout))
+
+
 @cache
-def processor(name: str) -> Any:
-    """The processor of a model, or its tokenizer where it has no processor; one a process."""
+def processor(name: str, published: bool = False) -> Any:
+    """The processor of a model, or its tokenizer where it has no processor; one a process.
+
+    published: with the classes' own defaults instead of sizes that fit the tiny model.
+    """
     import transformers
 
     kit = KITS[name]
-    folder = fixtures() / "tokenizers" / kit.layout
-    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder))
+    words = tokenizer(kit.layout)
     if kit.processor is None:
-        return tokenizer
-    parts: dict[str, Any] = {"tokenizer": tokenizer}
+        return words
+    parts: dict[str, Any] = {"tokenizer": words}
     for argument, kind in (
         ("image_processor", "image"),
         ("video_processor", "video"),
@@ -179,11 +188,13 @@ def processor(name: str) -> Any:
         named = getattr(kit, kind)
         if named is not None:
             lacking = missing(name, kind)
+            sizes = {} if published else named[1]
             parts[argument] = (
-                _stand_in(kind, lacking) if lacking else getattr(transformers, named[0])(**named[1])
+                _stand_in(kind, lacking) if lacking else getattr(transformers, named[0])(**sizes)
             )
-    kind = getattr(transformers, kit.processor)
-    return _tolerant(kind)(**parts, **kit.options, chat_template=tokenizer.chat_template)
+    options = {} if published else kit.options
+    made = _tolerant(getattr(transformers, kit.processor))
+    return made(**parts, **options, chat_template=words.chat_template)
 
 
 def _stand_in(kind: str, reason: str) -> Any:
