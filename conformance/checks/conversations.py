@@ -19,6 +19,7 @@ from conformance.subject import Subject
 
 Batch = dict[str, Any]
 IGNORE = -100
+ROWS = (("wide", "tall", "odd", "grey"), (), ("clear",))  # four pictures, none, one
 
 
 class _Enough(Exception):
@@ -44,6 +45,14 @@ def chat(subject: Subject, name: str, conversations: Sequence[Conversation]) -> 
     return subject.to(dict(batch), subject.case.setting.dtype)
 
 
+def rows_of_pictures(*rows: tuple[str, ...]) -> list[processors.Conversation]:
+    """Conversations about so many committed pictures each, one turn long."""
+    return [
+        processors.with_pictures(*row, index=i, turns=1, system=False)
+        for i, row in enumerate(rows or ROWS)
+    ]
+
+
 def special(name: str, *tokens: str) -> dict[str, int]:
     """Ids of a kit's named special tokens (`boi`, `image`, ...); those that it has."""
     tokenizer = processors.tokenizer_of(processors.processor(name))
@@ -61,7 +70,7 @@ def medium(name: str) -> Callable[[Mapping[str, Any]], str]:
         soft = tokenizer.image_token * kit.count(part["image"].height, part["image"].width)
         if hasattr(tokenizer, "vision_start_token"):
             return f"{tokenizer.vision_start_token}{soft}{tokenizer.vision_end_token}"
-        around = "" if kit.processor and kit.processor.startswith("Gemma4") else "\n\n"
+        around = processors.turns(kit.layout).around
         return f"{around}{tokenizer.boi_token}{soft}{tokenizer.eoi_token}{around}"
 
     return text
@@ -114,26 +123,24 @@ def assert_names_its_sample(
     conversations: Sequence[Conversation],
     at: int,
     hint: str,
-    **use: Any,
+    processor: Any = None,
 ) -> None:
-    """`chat` gives no batch; its error is the implementation's own and names conversation `at`, or
-    the file."""
-    processor = use.get("processor") or processors.processor(case.model.name if case.model else "")
+    """`chat` makes a batch of all conversations but number `at`, and none with it: the error is one
+    line and names that conversation, or has `hint` in it.
+
+    processor: in place of the kit's own, for the second attempt.
+    """
+    sound = processors.processor(subject.model_spec.name)
     plan = plan_of(subject)
-    subject.impl.chat([c for i, c in enumerate(conversations) if i != at], *_known(use, case), plan)
+    good = [c for i, c in enumerate(conversations) if i != at]
+    assert subject.impl.chat(good, sound, plan), f"{case.id}: nothing is made of good samples"
     try:
-        batch = subject.impl.chat(conversations, processor, plan)
+        batch = subject.impl.chat(conversations, processor or sound, plan)
     except subject.declines(ValueError, OSError, RuntimeError) as error:
-        text = str(error)
+        text = str(error).strip()
     else:
         labels = int((torch.as_tensor(batch["labels"]) != IGNORE).sum())
         raise AssertionError(f"{case.id}: a batch of {labels} labels was made of it")
     named = re.search(rf"(conversation|sample|row|example|index)\W*{at}\b", text)
     assert named or (hint and hint in text), f"{case.id}: which sample it is is not said: {text}"
-    assert "\n" not in text.strip(), f"{case.id}: the message has several lines: {text}"
-
-
-def _known(use: Mapping[str, Any], case: Case) -> tuple[Any]:
-    """The processor for the sanity run: the sound one."""
-    assert case.model is not None
-    return (processors.processor(case.model.name),)
+    assert "\n" not in text, f"{case.id}: the message has several lines: {text}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,11 +14,11 @@ from conformance.case import Case
 from conformance.check import check
 from conformance.checks.conversations import (
     IGNORE,
-    assert_names_its_sample,
     chat,
     embeddings,
     pictured,
     plan_of,
+    rows_of_pictures,
     runs,
 )
 from conformance.checks.probes import assert_reach, labelled, unwrapped
@@ -44,15 +43,6 @@ VIDEOS: dict[str, Any] = {
 }
 # height and width: square, wide, tall, odd, smaller than a token, and long as a ribbon
 SIZES = ((48, 48), (40, 90), (84, 30), (23, 17), (3, 5), (12, 400), (300, 14), (61, 59))
-ROWS = (("wide", "tall", "odd", "grey"), (), ("clear",))  # four pictures, none, one
-
-
-def rows_of_pictures(*rows: tuple[str, ...]) -> list[processors.Conversation]:
-    """Conversations about so many committed pictures each, one turn long."""
-    return [
-        processors.with_pictures(*row, index=i, turns=1, system=False)
-        for i, row in enumerate(rows or ROWS)
-    ]
 
 
 def placeholder(subject: Subject, kind: str = "image") -> int:
@@ -225,93 +215,6 @@ def test_rows_are_what_they_are_alone(
     for row, length in enumerate(lengths):
         alone = here.eval_logits(model, chat(here, name, [rows[row]]))[0]
         assert_close(case.id, f"row {row}", whole[row, :length], alone, limit, measured)
-
-
-def bad_rows(kind: str) -> list[processors.Conversation]:
-    """Three rows with a picture each, the last one's file bad."""
-    rows = rows_of_pictures(("wide",), ("odd",), ("tall",))
-    part = next(p for p in rows[2][0]["content"] if p["type"] == "image")
-    del part["image"]
-    part["path"] = processors.bad_picture(kind)
-    return rows
-
-
-@check("V23", needs=("plan", "chat"), **PICTURES)
-def test_a_broken_picture_is_named(case: Case, subject: Subject, unavailable: Decline) -> None:
-    """A file that is no picture is one clear error naming the sample, and no batch is made.
-
-    issue 15: broken images
-    """
-    if reason := processors.missing(subject.model_spec.name, "image"):
-        return unavailable(reason)
-    assert_names_its_sample(case, subject, bad_rows("broken"), 2, processors.BAD["broken"])
-
-
-@check("V24", needs=("plan", "chat"), **PICTURES)
-def test_a_truncated_picture_is_named(case: Case, subject: Subject, unavailable: Decline) -> None:
-    """A picture whose file ends early is one clear error naming the sample, and no batch is made.
-
-    issue 15: truncated files
-    """
-    if reason := processors.missing(subject.model_spec.name, "image"):
-        return unavailable(reason)
-    assert_names_its_sample(case, subject, bad_rows("truncated"), 2, processors.BAD["truncated"])
-
-
-@check("V25", needs=("plan", "chat"), **PICTURES)
-def test_another_count_is_named(case: Case, subject: Subject, unavailable: Decline) -> None:
-    """A placeholder written without a picture is one clear error naming the sample.
-
-    https://github.com/huggingface/transformers/issues/35779
-    """
-    name = subject.model_spec.name
-    if reason := processors.missing(name, "image"):
-        return unavailable(reason)
-    rows = rows_of_pictures(("wide",), ("odd",), ("tall",))
-    rows[2][0]["content"].append({"type": "text", "text": processors.processor(name).image_token})
-    assert_names_its_sample(case, subject, rows, 2, "")
-
-
-@check(
-    "V26",
-    needs=("plan", "chat"),
-    **{**PICTURES, "models": ("gemma4-dense", "gemma3-vlm", "qwen3_5")},
-)
-def test_a_bad_sample_takes_no_step(
-    case: Case, subject: Subject, measured: Measured, unavailable: Decline
-) -> None:
-    """In HF Trainer's loop a bad second micro-batch ends the run before any parameter moved.
-
-    issue 15: no partial step is taken
-    """
-    from transformers import Trainer, TrainingArguments
-
-    if reason := processors.missing(subject.model_spec.name, "image"):
-        return unavailable(reason)
-    here, name = pictured(subject), subject.model_spec.name
-    model, rows = here.stock("float32"), bad_rows("truncated")
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    plan, processor = plan_of(here), processors.processor(name)
-
-    def collator(samples: list[Any]) -> Any:
-        return subject.impl.chat([sample["messages"] for sample in samples], processor, plan)
-
-    with tempfile.TemporaryDirectory() as folder:
-        options: dict[str, Any] = {"per_device_train_batch_size": 1, "max_steps": 1, "seed": 0}
-        arguments = TrainingArguments(
-            folder, gradient_accumulation_steps=3, remove_unused_columns=False, use_cpu=True,
-            report_to=[], save_strategy="no", disable_tqdm=True, **options,
-        )  # fmt: skip
-        data: Any = [{"messages": row} for row in rows]
-        trainer = Trainer(model, arguments, collator, train_dataset=data)
-        try:
-            trainer.train()
-        except subject.declines(ValueError, OSError):
-            measured["steps"] = trainer.state.global_step
-            moved = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
-            assert not moved, f"{case.id}: {len(moved)} parameters moved, such as {moved[0]}"
-            return
-    raise AssertionError(f"{case.id}: the run went on with a truncated picture")
 
 
 @check(

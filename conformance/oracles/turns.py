@@ -19,7 +19,8 @@ class Turns:
 
     begin: before all of it. header: before a turn, with `{role}`; stop: the token that ends it;
     after: what follows the stop token. model: the assistant's name. system: whether it has turns of
-    its own; otherwise its text and `gap` go before the first question.
+    its own; otherwise its text and `gap` go before the first question. around: what stands before
+    and behind a picture.
     """
 
     begin: str
@@ -29,6 +30,7 @@ class Turns:
     model: str
     system: bool
     gap: str = "\n\n"
+    around: str = ""
 
 
 def pieces(
