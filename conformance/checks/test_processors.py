@@ -233,7 +233,7 @@ def test_a_picture_reaches_as_documented(
     if reason := processors.missing(name, "image"):
         return unavailable(reason)
     here = pictured(subject)
-    part = {"type": "image", "image": processors.blank(16, 4)}
+    part = {"type": "image", "image": processors.blank(80, 4)}
     batch = chat(here, name, [[
         {"role": "user", "content": [part, {"type": "text", "text": "what?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "a"}]},

@@ -162,8 +162,18 @@ def only_what_is_marked_trains(patch: pytest.MonkeyPatch) -> None:
 @mutant("b183-ends", case="T08/gemma4-dense/images/single", issue=f"{PULL}/3625")
 def begin_and_end_of_a_picture_train(patch: pytest.MonkeyPatch) -> None:
     """What begins and ends a picture in an answer is labelled."""
-    for module in ("impl.chat", "impl.multimodal_collate"):
-        around(patch, f"{module}:media_ids", lambda original: lambda processor: frozenset({0}))
+
+    def make(original: Any) -> Any:
+        def labels(ids: Any, mask: Any, processor: Any) -> Any:
+            ends = (ids == processor.tokenizer.boi_token_id) | (
+                ids == processor.tokenizer.eoi_token_id
+            )
+            return torch.where(mask & ends, ids, original(ids, mask, processor))
+
+        return labels
+
+    around(patch, "impl.chat:trained_labels", make)
+    around(patch, "impl.multimodal_collate:media_ids", lambda original: lambda p: frozenset({0}))
 
 
 @mutant("b186-rows", case="V09/qwen3_5/images/single", issue="ms-swift#8237")
