@@ -90,7 +90,7 @@ def test_a_bad_sample_takes_no_step(
     if reason := processors.missing(subject.model_spec.name, "image"):
         return unavailable(reason)
     here, name = pictured(subject), subject.model_spec.name
-    model, rows = here.stock("float32"), bad_rows("truncated")
+    model, rows = here.stock("float32").cpu(), bad_rows("truncated")
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     plan, processor = plan_of(here), processors.processor(name)
 

@@ -87,9 +87,9 @@ def test_placeholders_are_as_many_as_features(
             return_dict=True,
             return_tensors="pt",
         )
-        inputs = {k: v for k, v in batch.items() if k.startswith(("pixel", "image"))}
+        pixels = {k: v for k, v in batch.items() if k.startswith(("pixel", "image"))}
         with torch.no_grad():
-            given = rows_of(model.model.get_image_features(**inputs))
+            given = rows_of(model.model.get_image_features(**subject.to(pixels, "float32")))
         counts = [int((batch["input_ids"] == token).sum()), given, int(told)]
         measured[f"{width} x {height}"] = counts[0]
         want = kit.count(height, width)
@@ -122,7 +122,7 @@ def test_positions_of_pictures(case: Case, subject: Subject, measured: Measured)
         merge=2,
         valid=batch["attention_mask"].tolist(),
     )
-    real = batch["attention_mask"].bool()
+    real = batch["attention_mask"].bool().cpu()
     assert bool((want[1] != want[2])[real].any()), f"{case.id}: no picture has two sides"
     wrong = (caught[0][-3:].cpu() != want)[:, real].sum()
     measured["wrong positions"] = int(wrong)
@@ -251,7 +251,7 @@ def assert_lands(
     measured["placeholders"] = int(places.sum())
     assert places.any(), f"{case.id}: no placeholder"
     rng = torch.Generator().manual_seed(0)  # no scale and shift: a norm would take them out
-    other = {**batch, key: batch[key] + torch.rand(batch[key].shape, generator=rng)}
+    other = {**batch, key: batch[key] + torch.rand(batch[key].shape, generator=rng).to(batch[key])}
     moved = (embeddings(model, batch) != embeddings(model, other)).any(-1)
     wrong = int((moved != places).sum())
     assert not wrong, f"{case.id}: {wrong} places moved or stayed against the placeholders"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -85,19 +86,22 @@ def test_pictures_are_not_packed(case: Case, subject: Subject, measured: Measure
 
 
 @check("V19", **IMAGES)
-def test_the_processor_prepares(case: Case, subject: Subject, measured: Measured) -> None:
+def test_the_processor_prepares(
+    case: Case, subject: Subject, measured: Measured, unavailable: Callable[[str], None]
+) -> None:
     """`skip_prepare_dataset` is on: rows tokenized before the processor have one placeholder.
 
     model_architectures.md, VLM quick start
     """
     name = subject.model_spec.name
+    if reason := processors.missing(name, "image"):
+        return unavailable(reason)
     processor, here = processors.processor(name), conversations.pictured(subject)
     messages = processors.with_pictures("odd", turns=1)
-    late = processor.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_tensors="pt"
-    )
+    how: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    late = processor.apply_chat_template(messages, **how)
     stock = here.stock("float32")
-    here.eval_logits(stock, late)
+    here.eval_logits(stock, here.to(late, "float32"))
     text = processor.apply_chat_template(messages, tokenize=False)
     early = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")
     features = {k: v for k, v in late.items() if k.startswith(("pixel", "image"))}
@@ -107,7 +111,8 @@ def test_the_processor_prepares(case: Case, subject: Subject, measured: Measured
     assert counts[0] < counts[1], f"{case.id}: the tokenizer alone expands the placeholder"
     types = {k: (early["input_ids"] == place).long() for k in late if "type_ids" in k}
     try:
-        here.eval_logits(stock, {"input_ids": early["input_ids"], **types, **features})
+        rows = {"input_ids": early["input_ids"], **types, **features}
+        here.eval_logits(stock, here.to(rows, "float32"))
     except (ValueError, RuntimeError, IndexError, StopIteration):
         planned = value(subject, "skip_prepare_dataset")
         assert planned, f"{case.id}: skip_prepare_dataset is {planned}, and such rows fail"
