@@ -56,10 +56,11 @@ def processing(model: Model) -> dict[str, Any] | None:
     if kit.image and kit.image[0].endswith("Pil") and not processors.missing(model.name, "image"):
         made = processors.processor(model.name, published=True)
         found["picture"] = _plain(made.image_processor.to_dict())
-        told = made._get_num_multimodal_tokens(image_sizes=[list(size) for size in SIZES])
-        found["tokens of a picture"] = dict(
-            zip((f"{h} x {w}" for h, w in SIZES), map(int, told.num_image_tokens), strict=True)
-        )
+        foretell = getattr(made, "_get_num_multimodal_tokens", None)  # older releases lack some
+        if foretell is not None:
+            told = foretell(image_sizes=[list(size) for size in SIZES]).num_image_tokens
+            names = (f"{h} x {w}" for h, w in SIZES)
+            found["tokens of a picture"] = dict(zip(names, map(int, told), strict=True))
         if kit.audio:
             found["sound"] = _plain(made.feature_extractor.to_dict())
     return found

@@ -50,7 +50,8 @@ class Kit:
     count: picture_tokens.Count | None = None
 
 
-_AREA = {"min_pixels": 64, "max_pixels": 400}
+# in words of `size`: until after 5.17 `min_pixels` and `max_pixels` became the class's own defaults
+_AREA = {"shortest_edge": 64, "longest_edge": 400}
 _QWEN_SIZES = {"patch_size": 2, "merge_size": 2, "temporal_patch_size": 2}
 _GEMMA4_SIZES = {"patch_size": 2, "pooling_kernel_size": 2, "max_soft_tokens": BUDGET}
 _UNIFIED_SIZES = {**_GEMMA4_SIZES, "pooling_kernel_size": 3}
@@ -73,12 +74,14 @@ def _gemma4(audio: bool = False) -> Kit:
 _QWEN = Kit(
     "qwen",
     "Qwen3VLProcessor",
-    ("Qwen2VLImageProcessorPil", {**_QWEN_SIZES, **_AREA}),
+    ("Qwen2VLImageProcessorPil", {**_QWEN_SIZES, "size": _AREA}),
     (
         "Qwen3VLVideoProcessor",
         {**_QWEN_SIZES, "size": {"shortest_edge": 256, "longest_edge": 1024}},
     ),
-    count=picture_tokens.within_area(side=4, least=_AREA["min_pixels"], most=_AREA["max_pixels"]),
+    count=picture_tokens.within_area(
+        side=4, least=_AREA["shortest_edge"], most=_AREA["longest_edge"]
+    ),
 )
 KITS: dict[str, Kit] = {
     "gemma4-moe": _gemma4(),

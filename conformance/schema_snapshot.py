@@ -248,14 +248,18 @@ PARTS: dict[str, Callable[[Model], Any]] = {
 
 def part_differences(model: Model, names: tuple[str, ...]) -> list[str] | None:
     """How some parts of a model differ from the committed snapshot of the installed transformers;
-    None where no snapshot of this version is committed or it lacks the model or a part."""
+    None where no snapshot of this version is committed or it lacks the model or a part,
+    and where a part cannot be taken here."""
     path = schema_folder() / f"transformers-{_versions().get('transformers')}.json"
     if not path.exists():
         return None
     committed = _committed(path)["models"].get(model.name)
     if committed is None or "unavailable" in committed or not set(names) <= set(committed):
         return None
-    return [line for name in names for line in _part(name, committed.get(name), part(model, name))]
+    found = {name: part(model, name) for name in names}
+    if any(found[name] is None is not committed[name] for name in names):
+        return None  # what torchvision is needed for, for one
+    return [line for name in names for line in _part(name, committed[name], found[name])]
 
 
 @lru_cache(maxsize=2)
