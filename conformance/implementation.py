@@ -26,6 +26,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "prepare": ("prepare", "undo"),
     "parallelize": ("parallelize",),
     "collate": ("collate",),
+    "chat": ("chat",),
     "loss": ("loss",),
     "fit": ("fit",),
     "save": ("save",),
@@ -150,6 +151,15 @@ class Implementation(Protocol):
         self, samples: Sequence[Mapping[str, Any]], plan: TrainingPlan
     ) -> dict[str, torch.Tensor]:
         """A batch from samples (see `conformance.batches`): padded or packed, labels included."""
+
+    def chat(
+        self, conversations: Sequence[Sequence[Mapping[str, Any]]], processor: Any, plan: Any
+    ) -> dict[str, torch.Tensor]:
+        """A batch of conversations (see `conformance.processors`) through a processor or, of text
+        alone, a tokenizer: labels on the assistant's turns and their stop tokens, and on nothing of
+        padding, pictures, videos, sounds and what begins and ends them. Declines what it cannot
+        read or match, and names the conversation or the file.
+        """
 
     def loss(
         self, model: nn.Module, batch: Mapping[str, Any], num_items_in_batch: Any = None

@@ -48,6 +48,7 @@ __all__ = [
 ]
 
 BASE_MODULES = (
+    "conformance.torchvision_ops",  # before transformers
     "numpy",
     "torch",
     "torch.distributed",

@@ -218,6 +218,18 @@ def _default_dtype(model: Model) -> str:
         return str(_kind(model).from_pretrained(folder).dtype).removeprefix("torch.")
 
 
+def _conversation(model: Model) -> Any:
+    from conformance.processor_snapshot import conversation
+
+    return conversation(model)
+
+
+def _processor(model: Model) -> Any:
+    from conformance.processor_snapshot import processing
+
+    return processing(model)
+
+
 PARTS: dict[str, Callable[[Model], Any]] = {
     "config": _config_fields,
     "forward": _forward,
@@ -229,19 +241,25 @@ PARTS: dict[str, Callable[[Model], Any]] = {
     "plans": _plans,
     "lora": _lora,
     "default_dtype": _default_dtype,
+    "conversation": _conversation,
+    "processor": _processor,
 }
 
 
 def part_differences(model: Model, names: tuple[str, ...]) -> list[str] | None:
     """How some parts of a model differ from the committed snapshot of the installed transformers;
-    None where no snapshot of this version is committed or it lacks the model."""
+    None where no snapshot of this version is committed or it lacks the model or a part,
+    and where a part cannot be taken here."""
     path = schema_folder() / f"transformers-{_versions().get('transformers')}.json"
     if not path.exists():
         return None
     committed = _committed(path)["models"].get(model.name)
-    if committed is None or "unavailable" in committed:
+    if committed is None or "unavailable" in committed or not set(names) <= set(committed):
         return None
-    return [line for name in names for line in _part(name, committed.get(name), part(model, name))]
+    found = {name: part(model, name) for name in names}
+    if any(found[name] is None is not committed[name] for name in names):
+        return None  # what torchvision is needed for, for one
+    return [line for name in names for line in _part(name, committed[name], found[name])]
 
 
 @lru_cache(maxsize=2)
@@ -270,8 +288,8 @@ def _lines(before: Any, after: Any) -> Iterator[str]:
         elif "unavailable" not in before:
             yield f"model no longer available: {after['unavailable']}"
         return
-    for part in sorted({*before, *after}):
-        yield from _part(part, before.get(part), after.get(part))
+    for part in sorted(before.keys() & after.keys()):  # older snapshots lack the newer parts
+        yield from _part(part, before[part], after[part])
 
 
 def _part(label: str, old: Any, new: Any) -> Iterator[str]:

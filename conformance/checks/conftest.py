@@ -18,6 +18,8 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
+import conformance.torchvision_ops  # noqa: E402, F401
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _imports_are_not_garbage(_thawed: None) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from conformance import batches, captioning
+from conformance import batches, captioning, processors
 from conformance.case import Case
 from conformance.check import check
+from conformance.checks import conversations
 from conformance.numerics import relative_error
 from conformance.subject import Subject
 
@@ -84,28 +86,38 @@ def test_pictures_are_not_packed(case: Case, subject: Subject, measured: Measure
 
 
 @check("V19", **IMAGES)
-def test_the_processor_prepares(case: Case, subject: Subject, measured: Measured) -> None:
+def test_the_processor_prepares(
+    case: Case, subject: Subject, measured: Measured, unavailable: Callable[[str], None]
+) -> None:
     """`skip_prepare_dataset` is on: rows tokenized before the processor have one placeholder.
 
     model_architectures.md, VLM quick start
     """
-    stock = subject.stock("float32")
-    sample = captioning.task(subject.model_spec, 1).train[0]
-    subject.eval_logits(stock, batches.stack([sample]))
-    spec = subject.model_spec.images
-    assert spec is not None
-    image = (sample["input_ids"] == spec.token_id).nonzero().flatten()
-    kept = [i for i in range(len(sample["input_ids"])) if i not in set(image[1:].tolist())]
-    per_token = ("input_ids", "labels", spec.type_ids)
-    early = {k: v[kept] if k in per_token else v for k, v in sample.items()}
-    measured["placeholders"], measured["tokens"] = 1, len(image)
+    name = subject.model_spec.name
+    if reason := processors.missing(name, "image"):
+        return unavailable(reason)
+    processor, here = processors.processor(name), conversations.pictured(subject)
+    messages = processors.with_pictures("odd", turns=1)
+    how: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    late = processor.apply_chat_template(messages, **how)
+    stock = here.stock("float32")
+    here.eval_logits(stock, here.to(late, "float32"))
+    text = processor.apply_chat_template(messages, tokenize=False)
+    early = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    features = {k: v for k, v in late.items() if k.startswith(("pixel", "image"))}
+    place = processors.tokenizer_of(processor).image_token_id
+    counts = [int((ids == place).sum()) for ids in (early["input_ids"], late["input_ids"])]
+    measured["placeholders"], measured["tokens"] = counts
+    assert counts[0] < counts[1], f"{case.id}: the tokenizer alone expands the placeholder"
+    types = {k: (early["input_ids"] == place).long() for k in late if "type_ids" in k}
     try:
-        subject.eval_logits(stock, batches.stack([early]))
-    except (ValueError, RuntimeError):
+        rows = {"input_ids": early["input_ids"], **types, **features}
+        here.eval_logits(stock, here.to(rows, "float32"))
+    except (ValueError, RuntimeError, IndexError, StopIteration):
         planned = value(subject, "skip_prepare_dataset")
         assert planned, f"{case.id}: skip_prepare_dataset is {planned}, and such rows fail"
         return
-    raise AssertionError(f"{case.id}: one placeholder for {len(image)} features was accepted")
+    raise AssertionError(f"{case.id}: {counts[0]} placeholder for {counts[1]} was accepted")
 
 
 @check("V20", **IMAGES)

@@ -15,6 +15,7 @@ from conformance.case import Case
 from conformance.check import check
 from conformance.checks.probes import Measured
 from conformance.observe import Step
+from conformance.processors import KITS
 from conformance.schema_snapshot import part_differences
 from conformance.subject import Subject
 from conformance.weights import canonical_name
@@ -36,7 +37,10 @@ def _same(case: Case, parts: tuple[str, ...], unsupported: Decline) -> None:
     assert case.model is not None
     found = part_differences(case.model, parts)
     if found is None:
-        unsupported("no snapshot of this transformers is committed (fixtures/schema/make.py)")
+        unsupported(
+            "no snapshot of this transformers is committed (fixtures/schema/make.py), or it cannot"
+            " be taken here"
+        )
         return
     assert not found, f"{case.id}: {len(found)} differences, tolerance 0: {found[0]}"
 
@@ -84,6 +88,15 @@ def test_keys_on_disk(case: Case, unsupported: Decline) -> None:
     https://github.com/huggingface/transformers/issues/46650
     """
     _same(case, ("disk",), unsupported)
+
+
+@check("X14", models=tuple(KITS), **SCHEMA)
+def test_conversations(case: Case, unsupported: Decline) -> None:
+    """Rendered conversations, their marks, processors' defaults and token counts are committed.
+
+    https://github.com/axolotl-ai-cloud/axolotl/issues/1806
+    """
+    _same(case, ("conversation", "processor"), unsupported)
 
 
 @check("X20", needs=("prepare", "loss"), settings=FINGERPRINTED, **SCHEMA)

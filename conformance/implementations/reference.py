@@ -43,6 +43,7 @@ class Reference:
         Capability("prepare"),
         Capability("parallelize", excludes=(FSDP1_ADAPTERS,)),
         Capability("collate"),
+        Capability("chat"),
         Capability("loss"),
         Capability("fit"),
         Capability("save"),
@@ -96,6 +97,10 @@ class Reference:
     def collate(self, samples: Sequence[Mapping[str, Any]], plan: Any) -> Any:
         """Samples to a batch."""
         return _part("collate").collate(samples, plan)
+
+    def chat(self, conversations: Sequence[Any], processor: Any, plan: Any) -> Any:
+        """Conversations to a batch, labelled by role."""
+        return _part("multimodal_collate").collate_conversations(conversations, processor, plan)
 
     def loss(self, model: Any, batch: Mapping[str, Any], num_items_in_batch: Any = None) -> Any:
         """The token-weighted training loss."""

@@ -101,6 +101,7 @@ class StockTransformers:
                 ),
             ),
         ),
+        Capability("chat"),
         Capability("loss"),
         Capability("fit"),
         Capability("save"),
@@ -234,6 +235,24 @@ class StockTransformers:
             for s in samples
         ]
         return dict(DataCollatorWithFlattening(return_position_ids=True)(rows))
+
+    def chat(self, conversations: Sequence[Any], processor: Any, plan: StockPlan) -> dict[str, Any]:
+        """The whole batch through the template at once, as the documentation has it: its assistant
+        mask makes the labels."""
+        padding: dict[str, Any] = {"padding": True}
+        if hasattr(processor, "image_processor"):
+            padding = {"processor_kwargs": padding}
+        batch = processor.apply_chat_template(
+            [[dict(message) for message in messages] for messages in conversations],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            return_assistant_tokens_mask=True,
+            **padding,
+        )
+        trained = batch.pop("assistant_masks")
+        labels = batch["input_ids"].masked_fill(trained == 0, -100)
+        return {**batch, "labels": labels}
 
     def loss(self, model: Any, batch: Mapping[str, Any], num_items_in_batch: Any = None) -> Any:
         """The model's own loss."""

@@ -61,8 +61,8 @@ MASKS = (
         f"{_TRANSFORMERS}/45454",
         when=("transformers>=5.6",),
     ),
-    Expectation(
-        "A06/gemma4-unified/images/single",
+    *_each(
+        ("A06/gemma4-unified/images/single", "V27/gemma4-unified/images/single"),
         "the forward overlays image blocks as Gemma 3 does, on full-attention layers and across the"
         " window's edge; generation uses the family's own masks",
         f"{_TRANSFORMERS}/46850",
@@ -408,10 +408,37 @@ TRAINING = (
         raises=(RuntimeError,),
     ),
 )
+CONVERSATIONS = (
+    Expectation(
+        "T06/*/-/single",
+        "a template that marks no assistant's turn gives a mask of zeros and one logged line: the"
+        " batch has no label at all",
+        "https://github.com/huggingface/trl/issues/6577",
+    ),
+    Expectation(
+        "T07/*/-/single",
+        "the assistant mask is what the template marks; a stop token written behind the mark is"
+        " not in it, and the model is never told to stop",
+        f"{_AXOLOTL}/3756",
+    ),
+    Expectation(
+        "T08/*/images/single",
+        "a picture inside an assistant's turn is expanded inside its mask, so placeholders and"
+        " what begins and ends them are labelled",
+        f"{_AXOLOTL}/3625",
+    ),
+    *_each(
+        ("V24/*/images/single", "V25/*/images/single", "V23/gemma4-unified/images/single"),
+        "the error of a batch says what is wrong and not in which conversation (of a file that is"
+        " no picture only where torchvision decodes it)",
+        f"{_TRANSFORMERS}/35779",
+    ),
+)
 
 EXPECTATIONS: tuple[Expectation, ...] = (
     *TRAINING,
     *HISTORY,
+    *CONVERSATIONS,
     *FORWARD,
     *MASKS,
     *LOSS,

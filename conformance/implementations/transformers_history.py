@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from conformance.expectation import Expectation
 
+_AXOLOTL = "https://github.com/axolotl-ai-cloud/axolotl/pull"
 _TRANSFORMERS = "https://github.com/huggingface/transformers/issues"
 _TYPED = "gemma[34]-[vdm]*"  # the models whose images are attended to in both directions
 
@@ -83,7 +84,7 @@ _LOSS = (
 _MASKS = (
     *_until(
         "5.17",
-        ("A06/gemma4-[dm]*e/images/single",),
+        ("A06/gemma4-[dm]*e/images/single", "V27/gemma4-dense/images/single"),
         "image blocks were joined to the mask after the window, so they crossed its edge",
         f"{_TRANSFORMERS}/46850",
     ),
@@ -144,4 +145,43 @@ _OTHERS = (
         f"{_TRANSFORMERS}/37672",
     ),
 )
-HISTORY: tuple[Expectation, ...] = (*_TEXT_NEEDS_TYPE_IDS, *_LOSS, *_MASKS, *_OTHERS)
+_PROCESSED = tuple(
+    f"T02/{model}/-/single" for model in ("gemma3-vlm", "gemma3n", "gemma4-[deu]*", "qwen3_5")
+)
+_CONVERSATIONS = (
+    *_until(
+        "5.9",
+        _PROCESSED,
+        "a processor's template took parts only; a turn whose content is text was a TypeError",
+        f"{_AXOLOTL}/3595",
+        (TypeError,),
+    ),
+    *_until(
+        "5.23",
+        (*_PROCESSED, "V11/*/images/single"),
+        "a processor looked marked turns up by bisection in the offsets of tokens, which padding"
+        " and what pictures are replaced with put out of order",
+        f"{_AXOLOTL}/3592",
+    ),
+    *_until(
+        "5.12",
+        ("V25/gemma4-*/images/single",),
+        "a placeholder without a picture was a bare StopIteration",
+        f"{_TRANSFORMERS}/35779",
+        (StopIteration,),
+    ),
+    *_until(
+        "5.23",
+        ("V25/qwen3_5*/images/single",),
+        "a placeholder without a picture was an index out of bounds, then a bare StopIteration",
+        f"{_TRANSFORMERS}/35779",
+        (IndexError, StopIteration),
+    ),
+)
+HISTORY: tuple[Expectation, ...] = (
+    *_CONVERSATIONS,
+    *_TEXT_NEEDS_TYPE_IDS,
+    *_LOSS,
+    *_MASKS,
+    *_OTHERS,
+)

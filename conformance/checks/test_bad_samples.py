@@ -1,0 +1,115 @@
+"""Pictures that cannot be read or matched: one clear error that names the sample, and no step."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from conformance import processors
+from conformance.case import Case
+from conformance.check import check
+from conformance.checks.conversations import (
+    assert_names_its_sample,
+    pictured,
+    plan_of,
+    rows_of_pictures,
+)
+from conformance.subject import Subject
+
+Measured = dict[str, float]
+Decline = Callable[[str], None]
+PICTURES: dict[str, Any] = {
+    "models": processors.WITH_PICTURES,
+    "settings": ("images",),
+    "marks": ("vision",),
+}
+
+
+def bad_rows(kind: str) -> list[processors.Conversation]:
+    """Three rows with a picture each, the last one's file bad."""
+    rows = rows_of_pictures(("wide",), ("odd",), ("tall",))
+    part = next(p for p in rows[2][0]["content"] if p["type"] == "image")
+    del part["image"]
+    part["path"] = processors.bad_picture(kind)
+    return rows
+
+
+@check("V23", needs=("plan", "chat"), **PICTURES)
+def test_a_broken_picture_is_named(case: Case, subject: Subject, unavailable: Decline) -> None:
+    """A file that is no picture is one clear error naming the sample, and no batch is made.
+
+    issue 15: broken images
+    """
+    if reason := processors.missing(subject.model_spec.name, "image"):
+        return unavailable(reason)
+    assert_names_its_sample(case, subject, bad_rows("broken"), 2, processors.BAD["broken"])
+
+
+@check("V24", needs=("plan", "chat"), **PICTURES)
+def test_a_truncated_picture_is_named(case: Case, subject: Subject, unavailable: Decline) -> None:
+    """A picture whose file ends early is one clear error naming the sample, and no batch is made.
+
+    issue 15: truncated files
+    """
+    if reason := processors.missing(subject.model_spec.name, "image"):
+        return unavailable(reason)
+    assert_names_its_sample(case, subject, bad_rows("truncated"), 2, processors.BAD["truncated"])
+
+
+@check("V25", needs=("plan", "chat"), **PICTURES)
+def test_another_count_is_named(case: Case, subject: Subject, unavailable: Decline) -> None:
+    """A placeholder written without a picture is one clear error naming the sample.
+
+    https://github.com/huggingface/transformers/issues/35779
+    """
+    name = subject.model_spec.name
+    if reason := processors.missing(name, "image"):
+        return unavailable(reason)
+    rows = rows_of_pictures(("wide",), ("odd",), ("tall",))
+    rows[2][0]["content"].append({"type": "text", "text": processors.processor(name).image_token})
+    assert_names_its_sample(case, subject, rows, 2, "")
+
+
+@check(
+    "V26",
+    needs=("plan", "chat"),
+    **{**PICTURES, "models": ("gemma4-dense", "gemma3-vlm", "qwen3_5")},
+)
+def test_a_bad_sample_takes_no_step(
+    case: Case, subject: Subject, measured: Measured, unavailable: Decline
+) -> None:
+    """In HF Trainer's loop a bad second micro-batch ends the run before any parameter moved.
+
+    issue 15: no partial step is taken
+    """
+    from transformers import Trainer, TrainingArguments
+
+    if reason := processors.missing(subject.model_spec.name, "image"):
+        return unavailable(reason)
+    here, name = pictured(subject), subject.model_spec.name
+    model, rows = here.stock("float32").cpu(), bad_rows("truncated")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    plan, processor = plan_of(here), processors.processor(name)
+
+    def collator(samples: list[Any]) -> Any:
+        return subject.impl.chat([sample["messages"] for sample in samples], processor, plan)
+
+    with tempfile.TemporaryDirectory() as folder:
+        options: dict[str, Any] = {"per_device_train_batch_size": 1, "max_steps": 1, "seed": 0}
+        arguments = TrainingArguments(
+            folder, gradient_accumulation_steps=3, remove_unused_columns=False, use_cpu=True,
+            report_to=[], save_strategy="no", disable_tqdm=True, **options,
+        )  # fmt: skip
+        data: Any = [{"messages": row} for row in rows]
+        trainer = Trainer(model, arguments, collator, train_dataset=data)
+        try:
+            trainer.train()
+        except subject.declines(ValueError, OSError):
+            measured["steps"] = trainer.state.global_step
+            moved = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
+            assert not moved, f"{case.id}: {len(moved)} parameters moved, such as {moved[0]}"
+            return
+    raise AssertionError(f"{case.id}: the run went on with a truncated picture")
