@@ -77,10 +77,12 @@ def make_whole(adapted: nn.Module) -> None:
     Input and gathered output are whole on every rank, and so are the adapter's gradients.
     """
     for module in adapted.modules():
-        base = getattr(module, "base_layer", None)
-        weight, factors = getattr(base, "weight", None), getattr(module, "lora_B", None)
+        base: Any = getattr(module, "base_layer", None)
+        weight: Any = getattr(base, "weight", None)
+        factors = getattr(module, "lora_B", None)
         if getattr(base, "_hf_tp_plan", None) != "colwise_gather_output" or weight is None:
             continue
+        factor: Any
         for factor in factors.values() if isinstance(factors, nn.ModuleDict) else ():
             if factor.weight.shape[0] != weight.shape[0]:
                 factor.out_features = weight.shape[0]  # of a DTensor: the whole's
