@@ -17,6 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .cross_entropy_chunks import Gradients, Needs, Operands, Tiles, exact_pass, whole_row_tiles
+from .cross_entropy_kept import kept_chunks, kept_pass
 from .cross_entropy_lean import can_defer, deferred_pass, sliced_tiles
 from .cross_entropy_products import accumulation_dtype
 from .cross_entropy_rows import Form, RowOperations
@@ -201,19 +202,29 @@ def _run(
     if op.labels.shape[0] == 0:
         return _nothing(op, needs)
     if job.mode != "chunked" and can_defer(op, needs):
-        tiles = tiles_for(op, job.mode, job.budget, needs, deferred=True)
-        losses, hidden = deferred_pass(op, tiles, factor)
-        return losses, losses, Gradients(hidden=hidden)
+        if not needs.weight:
+            tiles = tiles_for(op, job.mode, job.budget, needs, deferred=True)
+            losses, hidden = deferred_pass(op, tiles, factor)
+            return losses, losses, Gradients(hidden=hidden)
+        chunks = kept_chunks(op, budget_of(job.mode, job.budget, needs))
+        if chunks is not None:
+            losses, grads = kept_pass(op, chunks, factor)
+            return losses, losses, grads
     return exact_pass(op, tiles_for(op, job.mode, job.budget, needs), needs, factor)
+
+
+def budget_of(mode: Mode, memory_budget: int | None, needs: Needs) -> int:
+    """The caller's budget in bytes, or the default of the case."""
+    default = TRAINABLE_BUDGET if needs.parameters else FROZEN_BUDGET
+    default = LEAN_BUDGET if mode == "lean" else default
+    return default if memory_budget is None else memory_budget
 
 
 def tiles_for(
     op: Operands, mode: Mode, memory_budget: int | None, needs: Needs, deferred: bool = False
 ) -> Tiles:
     """Tile sizes within the caller's budget or the default of the case."""
-    default = TRAINABLE_BUDGET if needs.parameters else FROZEN_BUDGET
-    default = LEAN_BUDGET if mode == "lean" else default
-    budget = default if memory_budget is None else memory_budget
+    budget = budget_of(mode, memory_budget, needs)
     if deferred or mode == "lean" or not needs.any:
         return sliced_tiles(op, budget)
     return whole_row_tiles(op, budget)

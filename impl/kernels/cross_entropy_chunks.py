@@ -12,14 +12,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .cross_entropy_products import (
-    WeightGradient,
-    accumulation_dtype,
-    add_product,
-    multiply,
-    product_into,
-)
-from .cross_entropy_rows import Form, RowOperations, State, token_losses
+from .cross_entropy_products import accumulation_dtype, add_product, multiply, product_into
+from .cross_entropy_rows import Form, RowOperations, State, Tile, token_losses
+from .cross_entropy_weight import WeightGradient
 
 # Columns a product fills before the row operations look at them; wider gains nothing.
 SLICE = 32768
@@ -113,9 +108,10 @@ class Operands:
         else:
             multiply(out, hidden, self.weight[low:high].t())
 
-    def bias_of(self, low: int, high: int) -> torch.Tensor | None:
-        """Bias of the columns low..high."""
-        return None if self.bias is None else self.bias[low:high]
+    def tile(self, x: torch.Tensor, labels: torch.Tensor, low: int) -> Tile:
+        """The logits x of columns low.. as the row operations take them."""
+        bias = None if self.bias is None else self.bias[low : low + x.shape[1]]
+        return Tile(x, labels, self.form, low, bias)
 
 
 def bounds(total: int, step: int) -> Iterator[tuple[int, int]]:
@@ -171,7 +167,7 @@ def exact_pass(
             for low, high in bounds(vocabulary, tiles.inner):
                 part = x[:, low:high] if kept else x[:, : high - low]
                 op.logits(part, hidden, features, low)
-                op.ops.sweep(part, labels, state, op.form, low, op.bias_of(low, high), False, None)
+                op.ops.sweep(op.tile(part, labels, low), state, write=False)
             torch.add(state.log_sum_exp(), 0.0, out=lse[start:end])
             losses[start:end] = token_losses(state, lse[start:end], op.form)
         if not needs.any:
@@ -181,9 +177,7 @@ def exact_pass(
             part = x[:, : high - low]
             if known or not kept:
                 op.logits(part, hidden, features, low)
-            op.ops.gradient(
-                part, labels, lse[start:end], op.form, low, op.bias_of(low, high), weights
-            )
+            op.ops.gradient(op.tile(part, labels, low), lse[start:end], weights)
             sums.add(part, hidden, features, start, low)
         sums.close_chunk(start, end)
     return losses, lse, sums.result()

@@ -8,12 +8,12 @@ added from a sum that never held the label: no cancellation for confident tokens
 none computed twice: the buffer may be as small as the budget says, and a tile of a few MiB is
 read back from the second-level cache.
 
-Not for a trainable classifier, whose gradient sums over tokens: each has its own divisor, and
-dividing the hidden states instead costs a second bf16 rounding (1.6 to 1.8 times the eager error of
-the weight's gradient on flat distributions: tried, and left). See `can_defer`.
+A trainable classifier keeps the tiles of a chunk for one product more: `cross_entropy_kept`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 
@@ -27,7 +27,7 @@ from .cross_entropy_chunks import (
     logits_buffer,
 )
 from .cross_entropy_products import accumulation_dtype, product_into
-from .cross_entropy_rows import State, token_losses
+from .cross_entropy_rows import State, Target, token_losses
 
 _CHUNK, _NARROW = 2816, 8192
 
@@ -35,12 +35,12 @@ _CHUNK, _NARROW = 2816, 8192
 def can_defer(op: Operands, needs: Needs) -> bool:
     """Whether late normalisation is exact here.
 
-    Not for gradients of parameters or adapters (normalised tiles are needed), not with terms beside
+    Not for gradients of a bias or an adapter (normalised tiles are needed), not with terms beside
     the softmax, not in float16 (exp(40) overflows it).
     """
     return (
         needs.hidden
-        and not needs.parameters
+        and not needs.bias
         and op.features is None
         and op.form.plain
         and op.hidden.dtype != torch.float16
@@ -79,18 +79,51 @@ def deferred_pass(
     acc = torch.empty(tokens, dim, device=device, dtype=wide)
     buffer = logits_buffer(op, tokens, tiles.width)
     for start, end in bounds(count, tiles.tokens):
-        hidden, labels, rows = op.chunk(start, end), op.labels[start:end], end - start
-        state = State.start(rows, device, wide)
-        for low, high in bounds(vocabulary, tiles.width):
-            x = buffer[:rows, : high - low]
-            op.logits(x, hidden, None, low)
-            op.ops.sweep(
-                x, labels, state, op.form, low, op.bias_of(low, high), True,
-                None if low == 0 else acc[:rows],
-            )  # fmt: skip
-            product_into(acc[:rows], x, op.weight[low:high].to(x.dtype), low == 0)
-        index = op.index(start, end)
-        target = out[start:end] if index is None else out
-        op.ops.finish(acc[:rows], state, labels, op.weight, op.form, factor, target, index)
-        losses[start:end] = token_losses(state, state.log_sum_exp(), op.form)
+        slices = (
+            (low, buffer[: end - start, : high - low])
+            for low, high in bounds(vocabulary, tiles.width)
+        )
+        hidden = op.chunk(start, end)
+        state = sweep_chunk(op, hidden, op.labels[start:end], slices, acc[: end - start])
+        close_chunk(op, start, end, state, acc[: end - start], factor, out, losses)
     return losses, out
+
+
+def sweep_chunk(
+    op: Operands,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    tiles: Iterable[tuple[int, torch.Tensor]],
+    acc: torch.Tensor,
+    tops: torch.Tensor | None = None,
+) -> State:
+    """Leave exp(z - top) dz/dx in the tiles (first column, (tokens, width)) of a chunk, and their
+    product with the classifier in acc. `tops` (tiles, tokens) gets the reference of each tile."""
+    state = State.start(hidden.shape[0], hidden.device, acc.dtype)
+    for index, (low, x) in enumerate(tiles):
+        op.logits(x, hidden, None, low)
+        accumulator = None if index == 0 else acc
+        op.ops.sweep(op.tile(x, labels, low), state, write=True, accumulator=accumulator)
+        weight = op.weight[low : low + x.shape[1]]
+        product_into(acc, x, weight.to(x.dtype), index == 0)
+        if tops is not None:
+            tops[index].copy_(state.top)
+    return state
+
+
+def close_chunk(
+    op: Operands,
+    start: int,
+    end: int,
+    state: State,
+    acc: torch.Tensor,
+    factor: torch.Tensor,
+    out: torch.Tensor,
+    losses: torch.Tensor,
+) -> None:
+    """Write the losses of tokens start..end and their rows of the hidden states' gradient."""
+    index = op.index(start, end)
+    rows = out[start:end] if index is None else out
+    target = Target(rows, index, op.labels[start:end], op.weight, op.form, factor)
+    op.ops.finish(acc, state, target)
+    losses[start:end] = token_losses(state, state.log_sum_exp(), op.form)

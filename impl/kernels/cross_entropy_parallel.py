@@ -161,9 +161,7 @@ def _global(
         for low, high in bounds(vocabulary, tiles.inner):
             x = buffer[: end - start, : high - low]
             op.logits(x, hidden, None, low)
-            op.ops.sweep(
-                x, op.labels[start:end], state, op.form, low, op.bias_of(low, high), False, None
-            )
+            op.ops.sweep(op.tile(x, op.labels[start:end], low), state, write=False)
         mine[0, start:end] = state.log_sum_exp()
         mine[1, start:end] = state.target
     size = dist.get_world_size(group)

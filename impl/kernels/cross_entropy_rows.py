@@ -60,9 +60,53 @@ class State:
         block[3].zero_()
         return cls(block[0], block[1], block[2], block[3])
 
+    def sum(self) -> torch.Tensor:
+        """Sum of exp(z - top) over every column seen, the label included."""
+        return self.rest + torch.exp(self.target - self.top)
+
     def log_sum_exp(self) -> torch.Tensor:
         """Log-sum-exp over every column seen, the label included."""
-        return self.top + torch.log(self.rest + torch.exp(self.target - self.top))
+        return self.top + torch.log(self.sum())
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Raw logits x (tokens, width) of the vocabulary's columns from `offset`; the tokens' labels
+    count from column 0. `bias`: (width,) or None."""
+
+    x: torch.Tensor
+    labels: torch.Tensor
+    form: Form
+    offset: int
+    bias: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where rows of the hidden states' gradient go: rows `rows` of out (None: all, in order).
+
+    labels (tokens,), weight (V, D) for the label's term, a one-element `factor` for all of it.
+    """
+
+    out: torch.Tensor
+    rows: torch.Tensor | None
+    labels: torch.Tensor
+    weight: torch.Tensor
+    form: Form
+    factor: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LabelRows:
+    """The label's term of the weight's gradient: share[i] * hidden[row[i]] for row `label[i]`.
+
+    label: sorted; `row`: int64 rows of hidden (N, D); all three (tokens,).
+    """
+
+    label: torch.Tensor
+    share: torch.Tensor
+    row: torch.Tensor
+    hidden: torch.Tensor
 
 
 def token_losses(state: State, lse: torch.Tensor, form: Form) -> torch.Tensor:
@@ -77,49 +121,41 @@ def token_losses(state: State, lse: torch.Tensor, form: Form) -> torch.Tensor:
 
 
 class RowOperations(Protocol):
-    """The three operations on rows; one implementation in plain torch, one in Triton."""
+    """The operations on rows; one implementation in plain torch, one in Triton."""
 
     def sweep(
-        self,
-        x: torch.Tensor,
-        labels: torch.Tensor,
-        state: State,
-        form: Form,
-        offset: int,
-        bias: torch.Tensor | None,
-        write: bool,
-        accumulator: torch.Tensor | None,
+        self, tile: Tile, state: State, *, write: bool, accumulator: torch.Tensor | None = None
     ) -> None:
         """Take the tile into `state`; with `write`, replace x by exp(z - top) dz/dx / scale.
 
         The label's column is written as 0: its term has the whole row's sum in it and is added by
-        `finish`. Where `top` moves, the row of `accumulator`, built from earlier tiles, is scaled.
+        `finish` or `add_label_rows`. Where `top` moves, the row of `accumulator`, built from
+        earlier tiles, is scaled.
         """
         ...
 
-    def gradient(
-        self,
-        x: torch.Tensor,
-        labels: torch.Tensor,
-        lse: torch.Tensor,
-        form: Form,
-        offset: int,
-        bias: torch.Tensor | None,
-        row_weight: torch.Tensor | None,
-    ) -> None:
+    def rescale(self, x: torch.Tensor, before: torch.Tensor, top: torch.Tensor) -> None:
+        """Multiply the rows of a tile swept under `before` by exp(before - top), where it is
+        another."""
+        ...
+
+    def gradient(self, tile: Tile, lse: torch.Tensor, row_weight: torch.Tensor | None) -> None:
         """Replace x by the loss's derivative with respect to it, times `row_weight`."""
         ...
 
-    def finish(
-        self,
-        accumulator: torch.Tensor,
-        state: State,
-        labels: torch.Tensor,
-        weight: torch.Tensor,
-        form: Form,
-        factor: torch.Tensor,
-        out: torch.Tensor,
-        rows: torch.Tensor | None,
-    ) -> None:
-        """Normalise what `sweep(write=True)` deferred, add the label's term, write rows of out."""
+    def finish(self, accumulator: torch.Tensor, state: State, target: Target) -> None:
+        """Rows of out = factor scale (accumulator / sum - (1 - p) dz/dx C[label]): what
+        `sweep(write=True)` deferred."""
         ...
+
+    def add_label_rows(self, sums: torch.Tensor, low: int, terms: LabelRows) -> None:
+        """Add the terms whose label is a row of `sums`, fp32 rows of the vocabulary from `low`."""
+        ...
+
+
+def label_shares(state: State, form: Form) -> torch.Tensor:
+    """-(1 - p) dz/dx / scale at each token's label: what `LabelRows` takes as its share."""
+    share = -(state.rest / state.sum())
+    if form.softcap is not None:
+        share = share * (1.0 - (state.target / form.softcap) ** 2)
+    return share

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import torch
 
-from .cross_entropy_rows import JUMP, Form, State
+from .cross_entropy_rows import JUMP, Form, LabelRows, State, Target, Tile, label_shares
 
 
-def _logits(
-    x: torch.Tensor, bias: torch.Tensor | None, form: Form, dtype: torch.dtype
-) -> torch.Tensor:
+def _logits(tile: Tile, dtype: torch.dtype) -> torch.Tensor:
     """The scaled and capped logits of a tile, in `dtype`."""
-    z = x.to(dtype)
-    if bias is not None:
-        z = z + bias.to(dtype)
+    form, z = tile.form, tile.x.to(dtype)
+    if tile.bias is not None:
+        z = z + tile.bias.to(dtype)
     if form.scale != 1.0:
         z = z * form.scale
     if form.softcap is not None:
@@ -32,22 +30,14 @@ def _slope(z: torch.Tensor, form: Form) -> torch.Tensor | float:
 
 
 class TorchRows:
-    """See `RowOperations`."""
+    """`RowOperations` in plain torch; see there for what each method does."""
 
     def sweep(
-        self,
-        x: torch.Tensor,
-        labels: torch.Tensor,
-        state: State,
-        form: Form,
-        offset: int,
-        bias: torch.Tensor | None,
-        write: bool,
-        accumulator: torch.Tensor | None,
+        self, tile: Tile, state: State, *, write: bool, accumulator: torch.Tensor | None = None
     ) -> None:
-        """Take a tile into the state; with `write`, leave exp(z - top) dz/dx / scale in it."""
-        z = _logits(x, bias, form, state.top.dtype)
-        column, hit = _label_columns(labels, offset, x.shape[1])
+        """See `RowOperations.sweep`."""
+        z = _logits(tile, state.top.dtype)
+        column, hit = _label_columns(tile)
         tile_top = z.amax(1)
         top = torch.where(tile_top > state.top + JUMP, tile_top, state.top)
         shrink = torch.exp(state.top - top)
@@ -60,57 +50,51 @@ class TorchRows:
         state.rest.mul_(shrink).add_(e.sum(1))
         state.top.copy_(top)
         if write:
-            x.copy_(e * _slope(z, form))
+            tile.x.copy_(e * _slope(z, tile.form))
 
-    def gradient(
-        self,
-        x: torch.Tensor,
-        labels: torch.Tensor,
-        lse: torch.Tensor,
-        form: Form,
-        offset: int,
-        bias: torch.Tensor | None,
-        row_weight: torch.Tensor | None,
-    ) -> None:
-        """Replace a tile of raw logits by the derivative of the loss."""
-        z = _logits(x, bias, form, lse.dtype)
+    def rescale(self, x: torch.Tensor, before: torch.Tensor, top: torch.Tensor) -> None:
+        """See `RowOperations.rescale`."""
+        if x.is_cuda or not torch.equal(before, top):
+            x.mul_(torch.exp(before - top).unsqueeze(1))
+
+    def gradient(self, tile: Tile, lse: torch.Tensor, row_weight: torch.Tensor | None) -> None:
+        """See `RowOperations.gradient`."""
+        form, z = tile.form, _logits(tile, lse.dtype)
         d = torch.exp(z - lse.unsqueeze(1))
         if form.z_loss:
             d = d * (1.0 + 2.0 * form.z_loss * lse).unsqueeze(1)
         if form.smoothing:
             d = d - form.smoothing / form.vocabulary
-        column, hit = _label_columns(labels, offset, x.shape[1])
+        column, hit = _label_columns(tile)
         d.scatter_add_(1, column, (hit.to(d.dtype) * (form.smoothing - 1.0)).unsqueeze(1))
         d = d * _slope(z, form) * form.scale
-        x.copy_(d if row_weight is None else d * row_weight.unsqueeze(1))
+        tile.x.copy_(d if row_weight is None else d * row_weight.unsqueeze(1))
 
-    def finish(
-        self,
-        accumulator: torch.Tensor,
-        state: State,
-        labels: torch.Tensor,
-        weight: torch.Tensor,
-        form: Form,
-        factor: torch.Tensor,
-        out: torch.Tensor,
-        rows: torch.Tensor | None,
-    ) -> None:
-        """Rows of out = factor * scale * (accumulator / sum - (1 - p) dz/dx C[label])."""
-        total = state.rest + torch.exp(state.target - state.top)
-        away = -(state.rest / total) * _slope(state.target, form)
-        grad = accumulator / total.unsqueeze(1)
-        grad += away.unsqueeze(1) * weight.index_select(0, labels).to(grad.dtype)
-        grad = (grad * (factor * form.scale)).to(out.dtype)
-        if rows is None:
-            out.copy_(grad)
+    def finish(self, accumulator: torch.Tensor, state: State, target: Target) -> None:
+        """See `RowOperations.finish`."""
+        form, away = target.form, label_shares(state, target.form)
+        grad = accumulator / state.sum().unsqueeze(1)
+        grad += away.unsqueeze(1) * target.weight.index_select(0, target.labels).to(grad.dtype)
+        grad = (grad * (target.factor * form.scale)).to(target.out.dtype)
+        if target.rows is None:
+            target.out.copy_(grad)
         else:
-            out.index_copy_(0, rows, grad)
+            target.out.index_copy_(0, target.rows, grad)
+
+    def add_label_rows(self, sums: torch.Tensor, low: int, terms: LabelRows) -> None:
+        """See `RowOperations.add_label_rows`."""
+        inside = (terms.label >= low) & (terms.label < low + sums.shape[0])
+        at = terms.label[inside] - low
+        values = terms.hidden[terms.row[inside]].to(sums.dtype) * terms.share[inside].unsqueeze(1)
+        if sums.is_cuda:  # index_add_ adds in any order there
+            sums.index_put_((at,), values, accumulate=True)
+        else:
+            sums.index_add_(0, at, values)
 
 
-def _label_columns(
-    labels: torch.Tensor, offset: int, width: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _label_columns(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
     """Column of each row's label in the tile (clamped; (tokens, 1)) and whether it lies inside."""
-    column = labels - offset
+    width = tile.x.shape[1]
+    column = tile.labels - tile.offset
     hit = (column >= 0) & (column < width)
     return column.clamp(0, width - 1).unsqueeze(1), hit

@@ -1,8 +1,8 @@
 """Row operations of the linear cross-entropy in Triton: one program a row, two launches a tile.
 
-`_sweep` reads a tile once (twice if the tile is wider than a block), keeps the running maximum and
-sum, and can leave the not yet normalised gradient in place; `_gradient` writes the exact gradient
-where the log-sum-exp is known; `_finish` normalises rows of the hidden states' gradient.
+`_sweep` reads a tile once, keeps the running maximum and sum, and can leave the not yet normalised
+gradient in place; `_gradient` writes the exact gradient where the log-sum-exp is known; `_finish`
+normalises rows of the hidden states' gradient, `_label_rows` adds the labels' rows of the weight's.
 Everything is computed in fp32 from loads converted at once, because the interpreter's bf16
 arithmetic is wrong. No atomics: a second run is equal bit by bit.
 """
@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .cross_entropy_rows import JUMP, Form, State
+from .cross_entropy_rows import JUMP, Form, LabelRows, State, Target, Tile
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -238,6 +238,48 @@ def _finish(
 
 
 @triton.jit
+def _rescale(x_ptr, x_stride, before_ptr, top_ptr, width, BLOCK: tl.constexpr):
+    """One row: times exp(before - top), and nothing at all where they are equal (nearly always)."""
+    row = tl.program_id(0).to(tl.int64)
+    before, top = tl.load(before_ptr + row), tl.load(top_ptr + row)
+    if before != top:
+        _shrink(x_ptr + row * x_stride, width, tl.exp2((before - top) * _LOG2E), BLOCK)
+
+
+@triton.jit
+def _label_rows(
+    sum_ptr, label_ptr, share_ptr, row_ptr, hidden_ptr, hidden_stride, count, dim, low, high,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """sum[label - low] += the terms of one label, in order; the label's first program adds all."""
+    first = tl.program_id(0)
+    label = tl.load(label_ptr + first)
+    if (label < low) | (label >= high):
+        return
+    if tl.load(label_ptr + first - 1, mask=first > 0, other=-1) == label:
+        return
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    fits = cols < dim
+    total = tl.zeros((BLOCK,), tl.float32)
+    found = ROWS
+    while found == ROWS:
+        at = first + tl.arange(0, ROWS)
+        same = at < count
+        same = same & (tl.load(label_ptr + at, mask=same, other=-1) == label)
+        rows = tl.load(row_ptr + at, mask=same, other=0)
+        share = tl.load(share_ptr + at, mask=same, other=0.0)
+        h = tl.load(
+            hidden_ptr + rows[:, None] * hidden_stride + cols[None, :],
+            mask=same[:, None] & fits[None, :], other=0.0,
+        )  # fmt: skip
+        total += tl.sum(h.to(tl.float32) * share[:, None], 0)
+        first += ROWS
+        found = tl.sum(same.to(tl.int32), 0)
+    at = sum_ptr + (label - low) * dim + cols
+    tl.store(at, tl.load(at, mask=fits, other=0.0) + total, mask=fits)
+
+
+@triton.jit
 def _scale_in_place(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
     """x *= factor, and nothing at all when the factor is 1 (the usual upstream gradient)."""
     factor = tl.load(factor_ptr)
@@ -255,75 +297,69 @@ def _factors(form: Form) -> tuple[float, float]:
 
 
 class TritonRows:
-    """See `RowOperations`. `block`: the columns a program holds at once; `warps`: its width."""
+    """`RowOperations` in Triton. `block`: the columns a program holds at once, on `warps` warps."""
 
     def __init__(self, block: int = 1024, warps: int = 4) -> None:
         self.block, self.warps = block, warps
 
+    def _common(self, tile: Tile, wide: torch.Tensor) -> dict[str, Any]:
+        """What `_sweep` and `_gradient` share: the tile, its block and the logit's formula."""
+        x, form = tile.x, tile.form
+        block = min(self.block, triton.next_power_of_2(x.shape[1]))
+        inner, outer = _factors(form)
+        return {
+            "x_ptr": x, "x_stride": x.stride(0), "label_ptr": tile.labels, "offset": tile.offset,
+            "bias_ptr": wide if tile.bias is None else tile.bias, "width": x.shape[1],
+            "inner": inner, "outer": outer, "HAS_BIAS": tile.bias is not None,
+            "TANH": tanh_of(form, x.dtype), "PRECISE": x.dtype == torch.float32,
+            "EVEN": x.shape[1] % block == 0, "BLOCK": block, "num_warps": self.warps,
+        }  # fmt: skip
+
     def sweep(
-        self,
-        x: torch.Tensor,
-        labels: torch.Tensor,
-        state: State,
-        form: Form,
-        offset: int,
-        bias: torch.Tensor | None,
-        write: bool,
-        accumulator: torch.Tensor | None,
+        self, tile: Tile, state: State, *, write: bool, accumulator: torch.Tensor | None = None
     ) -> None:
-        """Take a tile into the state; with `write`, leave exp(z - top) dz/dx / scale in it."""
-        width = x.shape[1]
-        block = min(self.block, triton.next_power_of_2(width))
-        acc = x if accumulator is None else accumulator
-        _sweep[(x.shape[0],)](
-            x, x.stride(0), x if bias is None else bias, labels, state.top, state.rest,
-            state.target, state.total, acc, acc.stride(0), offset, width, acc.shape[1],
-            *_factors(form),
-            HAS_BIAS=bias is not None, TANH=tanh_of(form, x.dtype),
-            PRECISE=x.dtype == torch.float32, WRITE=write, TOTAL=form.smoothing != 0.0,
-            HAS_ACC=accumulator is not None, EVEN=width % block == 0, BLOCK=block,
-            num_warps=self.warps,
+        """See `RowOperations.sweep`."""
+        acc = tile.x if accumulator is None else accumulator
+        _sweep[(tile.x.shape[0],)](
+            top_ptr=state.top, rest_ptr=state.rest, target_ptr=state.target,
+            total_ptr=state.total, acc_ptr=acc, acc_stride=acc.stride(0), dim=acc.shape[1],
+            WRITE=write, TOTAL=tile.form.smoothing != 0.0, HAS_ACC=accumulator is not None,
+            **self._common(tile, state.top),
         )  # fmt: skip
 
-    def gradient(
-        self,
-        x: torch.Tensor,
-        labels: torch.Tensor,
-        lse: torch.Tensor,
-        form: Form,
-        offset: int,
-        bias: torch.Tensor | None,
-        row_weight: torch.Tensor | None,
-    ) -> None:
-        """Replace a tile of raw logits by the derivative of the loss."""
-        width = x.shape[1]
-        block = min(self.block, triton.next_power_of_2(width))
-        _gradient[(x.shape[0], triton.cdiv(width, block))](
-            x, x.stride(0), x if bias is None else bias, labels, lse,
-            lse if row_weight is None else row_weight, offset, width, *_factors(form), form.scale,
-            form.smoothing, form.smoothing / form.vocabulary, form.z_loss,
-            HAS_BIAS=bias is not None, TANH=tanh_of(form, x.dtype),
-            PRECISE=x.dtype == torch.float32, HAS_WEIGHT=row_weight is not None, PLAIN=form.plain,
-            EVEN=width % block == 0, BLOCK=block, num_warps=self.warps,
+    def rescale(self, x: torch.Tensor, before: torch.Tensor, top: torch.Tensor) -> None:
+        """See `RowOperations.rescale`."""
+        _rescale[(x.shape[0],)](
+            x, x.stride(0), before, top, x.shape[1], BLOCK=self.block, num_warps=self.warps
+        )
+
+    def gradient(self, tile: Tile, lse: torch.Tensor, row_weight: torch.Tensor | None) -> None:
+        """See `RowOperations.gradient`."""
+        form, common = tile.form, self._common(tile, lse)
+        _gradient[(tile.x.shape[0], triton.cdiv(tile.x.shape[1], common["BLOCK"]))](
+            lse_ptr=lse, row_weight_ptr=lse if row_weight is None else row_weight,
+            scale=form.scale, smoothing=form.smoothing, spread=form.smoothing / form.vocabulary,
+            z_loss=form.z_loss, HAS_WEIGHT=row_weight is not None, PLAIN=form.plain, **common,
         )  # fmt: skip
 
-    def finish(
-        self,
-        accumulator: torch.Tensor,
-        state: State,
-        labels: torch.Tensor,
-        weight: torch.Tensor,
-        form: Form,
-        factor: torch.Tensor,
-        out: torch.Tensor,
-        rows: torch.Tensor | None,
-    ) -> None:
-        """Rows of out = factor * scale * (accumulator / sum - (1 - p) dz/dx C[label])."""
+    def finish(self, accumulator: torch.Tensor, state: State, target: Target) -> None:
+        """See `RowOperations.finish`."""
+        weight, out, form = target.weight, target.out, target.form
         _finish[(accumulator.shape[0],)](
-            accumulator, accumulator.stride(0), state.top, state.rest, state.target, labels, weight,
-            weight.stride(0), factor, out, out.stride(0), labels if rows is None else rows,
-            weight.shape[0], accumulator.shape[1], form.scale, _factors(form)[1],
-            HAS_ROWS=rows is not None, TANH=tanh_of(form, torch.float32), BLOCK=1024, num_warps=4,
+            accumulator, accumulator.stride(0), state.top, state.rest, state.target, target.labels,
+            weight, weight.stride(0), target.factor, out, out.stride(0),
+            target.labels if target.rows is None else target.rows, weight.shape[0],
+            accumulator.shape[1], form.scale, _factors(form)[1], HAS_ROWS=target.rows is not None,
+            TANH=tanh_of(form, torch.float32), BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+
+    def add_label_rows(self, sums: torch.Tensor, low: int, terms: LabelRows) -> None:
+        """See `RowOperations.add_label_rows`."""
+        dim, count = sums.shape[1], terms.label.shape[0]
+        block = min(512, triton.next_power_of_2(dim))
+        _label_rows[(count, triton.cdiv(dim, block))](
+            sums, terms.label, terms.share, terms.row, terms.hidden, terms.hidden.stride(0), count,
+            dim, low, low + sums.shape[0], ROWS=8, BLOCK=block, num_warps=4,
         )  # fmt: skip
 
 
@@ -369,6 +405,15 @@ def compile_specs() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str,
         specs.append((_gradient, gradient, meta, {"num_warps": 4}))
         meta = {"HAS_ROWS": True, "TANH": FULL_TANH if tanh else NO_TANH, "BLOCK": 1024}
         specs.append((_finish, finish, meta, {"num_warps": 4}))
+    rescale = {"x_ptr": "*bf16", "x_stride": "i32", "before_ptr": "*fp32", "top_ptr": "*fp32",
+               "width": "i32"}  # fmt: skip
+    specs.append((_rescale, rescale, {"BLOCK": 1024}, {"num_warps": 4}))
+    terms = {
+        "sum_ptr": "*fp32", "label_ptr": "*i64", "share_ptr": "*fp32", "row_ptr": "*i64",
+        "hidden_ptr": "*bf16", "hidden_stride": "i32", "count": "i32", "dim": "i32", "low": "i32",
+        "high": "i32",
+    }  # fmt: skip
+    specs.append((_label_rows, terms, {"ROWS": 8, "BLOCK": 512}, {"num_warps": 4}))
     scale = {"x_ptr": "*bf16", "factor_ptr": "*fp32", "count": "i64"}
     specs.append((_scale_in_place, scale, {"BLOCK": 4096}, {"num_warps": 4}))
     return specs

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .experts_sums_triton import store_by_rank
+from .launch import begin
 
 
 @triton.jit(do_not_specialize=["slots", "chunk_rows"])
@@ -39,6 +40,7 @@ def middle_kernel(
     COLUMN_BLOCKS: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Between the two backward products: one chunk of rows, COLUMN_BLOCKS blocks of BC columns.
 
@@ -47,6 +49,7 @@ def middle_kernel(
     d_b (2 INNER, RP_UP), d_a (RP_DOWN, INNER); by group of columns: p_parts (rows, RP_UP) of dGU B,
     w_parts (rows) of <h, dh>. h is written if not None.
     """
+    begin(PDL)
     chunk = tl.program_id(0)
     e = tl.load(chunk_expert + chunk)
     if e < 0:

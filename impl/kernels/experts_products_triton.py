@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .launch import begin
+
 
 @triton.jit
 def program_tile(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
@@ -237,8 +239,10 @@ def up_kernel(
     GROUP: tl.constexpr,
     HALF_ROWS: tl.constexpr,
     HALF_COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """gate_up = X Wᵀ + XA Bᵀ and h = act(gate) up; x (T, H) gathered, w (E, 2 INNER, H)."""
+    begin(PDL)
     blocks = tl.cdiv(INNER, BN)
     m, n = program_tile(tl.program_id(0), tiles, blocks, GROUP)
     e = tl.load(tile_expert + m)
@@ -384,6 +388,7 @@ def product_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
     HALF_ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """out = (A W + small wide), times the row's routing weight if given, for some column blocks.
 
@@ -391,6 +396,7 @@ def product_kernel(
     Column block ``first_block`` lands in column 0 of out. GATHER takes row r of A from token
     order[r] // TOP_K.
     """
+    begin(PDL)
     m, n = program_tile(tl.program_id(0), tiles, blocks, GROUP)
     e = tl.load(tile_expert + m)
     if e < 0:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, launch, next_power
+from .launch import begin, cdiv, launch, next_power
 
 _BLOCK = 256  # slots a program counts and scatters
 
@@ -129,8 +129,10 @@ def count_kernel(
     EXPERTS: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Histogram of one block of slots; sentinels are left out."""
+    begin(PDL)
     block = tl.program_id(0)
     i = block * BLOCK + tl.arange(0, BLOCK)
     e = _expert_of(index, i, SLOTS, EXPERTS)
@@ -149,8 +151,10 @@ def scan_kernel(
     BINS: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Turn counts into starts within the expert; cut experts into tiles and chunks. One program."""
+    begin(PDL)
     bins = tl.arange(0, BINS)
     carry = tl.zeros([BINS], tl.int32)
     for first in range(0, blocks, ROWS):
@@ -223,8 +227,10 @@ def scatter_kernel(
     TILE: tl.constexpr,
     FILL: tl.constexpr,
     STEP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Place one block of slots, in slot order within each expert; fill its share of the maps."""
+    begin(PDL)
     block = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     i = block * BLOCK + lane

@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .launch import begin
+
 
 @triton.jit
 def swap_kernel(
@@ -19,8 +21,10 @@ def swap_kernel(
     RP: tl.constexpr,
     BX: tl.constexpr,
     BE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """lora_B (ROWS, RANK, EXPERTS) -> (EXPERTS, ROWS, RP) in the target's dtype, zero-padded."""
+    begin(PDL)
     flat = tl.program_id(0) * BX + tl.arange(0, BX)
     row, rank = flat // RP, flat % RP
     expert = tl.program_id(1) * BE + tl.arange(0, BE)
@@ -53,8 +57,10 @@ def skinny_kernel(
     TILE: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """out[row] (RP) = scale a[row] factor[e]; factor: (E, RANK, K) by rank, else (E, K, RP)."""
+    begin(PDL)
     tile = tl.program_id(0) // (TILE // BM)
     e = tl.load(tile_expert + tile)
     if e < 0:
@@ -101,8 +107,10 @@ def combine_kernel(
     out_stride,
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """out[t] = sum over k, in order, in float32, of rows_in[position[t, k]], sentinels apart."""
+    begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width

@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .launch import begin
+
 
 @triton.jit
 def store_by_rank(
@@ -58,8 +60,10 @@ def input_sum_kernel(
     RP: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Gradient of lora_A of gate_up: the sum over rows of small[row]ᵀ a[token], (RP, WIDTH)."""
+    begin(PDL)
     chunk = tl.program_id(0)
     e = tl.load(chunk_expert + chunk)
     if e < 0:
@@ -101,12 +105,14 @@ def output_sum_kernel(
     RP: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One pass over the gathered dO for two products with it, BC columns of one chunk of rows.
 
     p_parts (groups, slots, RP): the columns' part of dO B₂; parts (chunks, WIDTH, RP): the chunk's
     part of the gradient of B₂, the sum over rows of w dO[token]ᵀ small[row].
     """
+    begin(PDL)
     chunk = tl.program_id(0)
     e = tl.load(chunk_expert + chunk)
     if e < 0:
@@ -151,8 +157,10 @@ def finish_rows_kernel(
     GROUPS: tl.constexpr,
     RP: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Add the column groups' parts in order: pb (rows, RP) = scale * sum, d_weights by slot."""
+    begin(PDL)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = rows < tl.load(offsets + EXPERTS)
     wide_rows = rows.to(tl.int64)
@@ -183,11 +191,13 @@ def sum_chunks_kernel(
     RP: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """lora_A gradient: out (E, RANK, WIDTH) = the ordered sum of the expert's chunks (RP, WIDTH).
 
     An expert with one chunk was written directly.
     """
+    begin(PDL)
     e = tl.program_id(1)
     if tl.load(chunk_first + e + 1) - tl.load(chunk_first + e) == 1:
         return
@@ -214,8 +224,10 @@ def sum_chunks_swap_kernel(
     WIDTH: tl.constexpr,
     BX: tl.constexpr,
     BE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """lora_B gradient: out (WIDTH, RANK, E) = the ordered sum of an expert's chunks (WIDTH, RP)."""
+    begin(PDL)
     flat = tl.program_id(0) * BX + tl.arange(0, BX)
     row, rank = flat // RP, flat % RP
     expert = tl.program_id(1) * BE + tl.arange(0, BE)
@@ -246,11 +258,13 @@ def weight_gradient_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """out[e] (M, N) = sum over the expert's rows of left[row]ᵀ right[row]; one operand is gathered.
 
     GATHER_LEFT gathers left by token and scales it by the routing weight, else right is gathered.
     """
+    begin(PDL)
     e = tl.program_id(2)
     ms = tl.program_id(1) * BM + tl.arange(0, BM)
     ns = tl.program_id(0) * BN + tl.arange(0, BN)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 
 _RECORDER: list[Launch] | None = None
 
@@ -28,6 +29,22 @@ _TYPE_NAMES = {
 }
 
 
+# Whether a kernel may be launched while the one before it drains; None: where the device can.
+DEPENDENT_LAUNCH: bool | None = None
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def begin(PDL: tl.constexpr) -> None:
+    """First statement of every kernel: let the next one be launched, wait for the one before.
+
+    Every kernel waits, so that what a kernel reads was written by any of those before it. See
+    `launch`; the wait is what makes programmatic dependent launch equal to stream order.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
 @dataclass(frozen=True)
 class Launch:
     """One kernel launch: the function, its grid, its arguments by name, its compile options."""
@@ -35,7 +52,7 @@ class Launch:
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
-    options: dict[str, int] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -52,7 +69,7 @@ class CompileSpec:
     signature: dict[str, str]
     constants: dict[str, Any]
     attributes: dict[tuple[int, ...], list[list[Any]]]
-    options: dict[str, int]
+    options: dict[str, Any]
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -71,11 +88,18 @@ def launch(
 ) -> None:
     """Run ``kernel[grid](**arguments)``; an empty grid runs nothing; when recording, only note it.
 
-    ``registers`` caps the registers of a thread, 0 leaves them to the compiler.
+    ``registers`` caps the registers of a thread, 0 leaves them to the compiler. On devices of
+    capability 9.0 and up the launch is a programmatic dependent one (see `begin`): it fills the
+    multiprocessors that the kernel before leaves idle at its end.
     """
-    options = {"num_warps": warps, "num_stages": stages}
+    options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
     if registers:
         options["maxnreg"] = registers
+    dependent = _launches_dependents(kernel)
+    if "PDL" in kernel.arg_names:
+        arguments["PDL"] = dependent
+        if dependent:
+            options["launch_pdl"] = True
     if _RECORDER is not None:
         _RECORDER.append(Launch(kernel, grid, arguments, options))
         return
@@ -109,6 +133,23 @@ def launch(
 
 
 _compiled: dict[tuple[object, ...], Any] = {}
+_capability: dict[int, tuple[int, int]] = {}
+
+
+def _launches_dependents(kernel: Any) -> bool:
+    """Whether launches on the current device are dependent ones; recording stands for Hopper."""
+    if not isinstance(kernel, triton.runtime.JITFunction):
+        return False
+    if DEPENDENT_LAUNCH is not None:
+        return DEPENDENT_LAUNCH
+    if not torch.cuda.is_available():
+        return _RECORDER is not None
+    device = torch.cuda.current_device()
+    if device not in _capability:
+        _capability[device] = torch.cuda.get_device_capability(device)
+    return _capability[device] >= (9, 0)
+
+
 _CONSTANT, _PLAIN, _SPECIAL = range(3)
 
 

@@ -32,6 +32,7 @@ class Case:
     trainable: bool = False
     std: float = 0.2
     offset: float = 0.0
+    bias_trains: bool = True  # where the weight does
     keep: int = 3  # every third label is ignored; 1: all but one are
 
 
@@ -43,6 +44,7 @@ CASES: dict[str, Case] = {
     "extreme": Case(std=60.0),
     "moving maximum": Case(bias=True, offset=55.0),
     "moving maximum, trainable": Case(bias=True, offset=55.0, trainable=True),
+    "moving maximum, weight": Case(bias=True, offset=55.0, trainable=True, bias_trains=False),
     "one token": Case(keep=1, trainable=True),
     "smoothing, z-loss": Case(softcap=5.0, smoothing=0.1, z_loss=1e-2, trainable=True),
     "bias": Case(bias=True, trainable=True),
@@ -66,11 +68,12 @@ def inputs(case: Case, dtype: torch.dtype) -> dict[str, Any]:
     labels = torch.randint(0, VOCABULARY, (TOKENS,), generator=gen)
     labels[:: case.keep] = -100
     labels[1 if case.keep > 1 else 0] = VOCABULARY - 1
+    trains = case.trainable and case.bias_trains
     bias = torch.linspace(0, case.offset, VOCABULARY) + torch.randn(VOCABULARY, generator=gen)
     return {
         "hidden": leaf(TOKENS, DIM),
         "weight": leaf(VOCABULARY, DIM, std=case.std, grad=case.trainable),
-        "bias": bias.to(dtype).requires_grad_(case.trainable) if case.bias else None,
+        "bias": bias.to(dtype).requires_grad_(trains) if case.bias else None,
         "a": leaf(4, DIM) if case.adapted else None,
         "b": leaf(VOCABULARY, 4) if case.adapted else None,
         "labels": labels,
@@ -140,7 +143,11 @@ def judge(name: str, mode: str, dtype: torch.dtype, budget: int | None) -> dict[
 
 def main() -> None:
     """Print {mode: {case: {tensor: [ours, eager]}}}."""
-    table = {m: {n: judge(n, m, torch.float32, 1 << 20) for n in CASES} for m in sys.argv[1:]}
+    small = {"auto": None}  # a small budget leaves no room for kept tiles
+    table = {
+        m: {n: judge(n, m, torch.float32, small.get(m, 1 << 20)) for n in CASES}
+        for m in sys.argv[1:]
+    }
     print(json.dumps(table))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,11 +10,12 @@ import torch
 
 from impl.kernels import cross_entropy as module
 from impl.kernels.cross_entropy import causal_lm_loss, linear_cross_entropy
-from impl.kernels.cross_entropy_chunks import Needs, Operands, whole_row_tiles
+from impl.kernels.cross_entropy_chunks import Needs, Operands, logits_buffer, whole_row_tiles
+from impl.kernels.cross_entropy_kept import Kept, kept_chunks
 from impl.kernels.cross_entropy_lean import sliced_tiles
-from impl.kernels.cross_entropy_products import WeightGradient
 from impl.kernels.cross_entropy_rows import Form
 from impl.kernels.cross_entropy_torch import TorchRows
+from impl.kernels.cross_entropy_weight import WeightGradient
 from tests.kernels.cross_entropy_cases import CASES, judge
 
 SMALL = (1 << 20) + 40_000  # several chunks and several slices of every case
@@ -140,6 +142,69 @@ def test_weight_gradient_narrows_in_place(shape: tuple[int, int]) -> None:
     got = gradient.result(torch.tensor(0.3))
     torch.testing.assert_close(got, (total * 0.3).bfloat16(), rtol=2**-7, atol=1e-6)
     assert got.untyped_storage().nbytes() == vocabulary * dim * 2
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "chunks"),
+    [
+        (64, Kept(16, 8, 8)),  # halves of four slices, several later chunks
+        (64, Kept(9, 4, 32)),
+        (63, Kept(16, 8, 32)),  # an odd vocabulary has halves of 31 and 32 rows
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("gathered", [False, True])
+def test_kept_tiles(
+    vocabulary: int, chunks: Kept, dtype: torch.dtype, gathered: bool, monkeypatch: Any
+) -> None:
+    """Tiles in the storage of sums not yet written give the loss and gradients of full logits."""
+    if dtype == torch.float64:  # as many bytes of logits as of sums: half the tokens
+        whole = vocabulary if vocabulary % 2 else chunks.width
+        chunks = replace(chunks, first=chunks.first // 2, width=whole)
+    monkeypatch.setattr(module, "kept_chunks", lambda *a: chunks)
+    torch.manual_seed(5)
+    hidden = torch.randn(40, 8, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocabulary, 8, dtype=dtype, requires_grad=True)
+    labels = torch.randint(0, vocabulary, (40,))
+    labels[5:15] = vocabulary - 1  # a run longer than a block of rows
+    if gathered:
+        labels[::4] = -100
+    bias = torch.randn(vocabulary, dtype=dtype)
+    bias[40:] += 50  # the reference moves after the first slices
+    wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    for cap in (30.0, None):
+        z = wide[0] @ wide[1].t() + bias.double()
+        z = z if cap is None else cap * torch.tanh(z / cap)
+        wanted = torch.autograd.grad(torch.nn.functional.cross_entropy(z, labels), wide)
+        loss = linear_cross_entropy(hidden, weight, labels, bias=bias, softcap=cap)
+        got = torch.autograd.grad(loss, (hidden, weight))
+        limit = 1e-12 if dtype == torch.float64 else 1e-2
+        for g, w in zip(got, wanted, strict=True):
+            assert (g.double() - w).norm() / w.norm() < limit, f"softcap {cap}"
+
+
+@pytest.mark.parametrize("valid", [100, 4000, 8000])
+@pytest.mark.parametrize(("dim", "vocabulary"), [(2816, 262144), (2048, 248320), (2304, 151669)])
+def test_kept_chunks_fit(dim: int, vocabulary: int, valid: int) -> None:
+    """Every tile fits the sums of the next slice, and the buffers fit the budget."""
+    budget = 1100 << 20
+    with torch.device("meta"):
+        op = Operands(
+            torch.empty(8192, dim, dtype=torch.bfloat16), torch.empty(valid, dtype=torch.int64),
+            torch.empty(vocabulary, dim, dtype=torch.bfloat16), Form(vocabulary), TorchRows(),
+            rows=torch.empty(valid, dtype=torch.int64), buffer_dtype=torch.bfloat16,
+        )  # fmt: skip
+        chunks = kept_chunks(op, budget)
+        assert (chunks is None) == (vocabulary == 151669)  # its halves have no equal slices
+        if chunks is None:
+            return
+        last = logits_buffer(op, chunks.first, chunks.width)
+        tiles = WeightGradient(op.weight).kept_tiles(chunks.first, chunks.width, last)
+    assert sum(x.shape[1] for _, x in tiles) == vocabulary
+    shared = chunks.first * dim * 8
+    used = max(last.numel() * 2, chunks.later * vocabulary * 2) + shared
+    assert used <= budget, f"{chunks}: {used / 2**20:.0f} MiB"
+    assert chunks.first + chunks.later * 2 >= valid or dim == 2048
 
 
 @pytest.mark.parametrize("mib", [32, 320, 640, 1100])

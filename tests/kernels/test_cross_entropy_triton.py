@@ -15,7 +15,7 @@ from tests.kernels.cross_entropy_cases import CASES
 
 pytest.importorskip("triton")
 
-MODES = ("lean", "chunked")
+MODES = ("lean", "chunked", "auto")
 
 
 @pytest.fixture(scope="module")
