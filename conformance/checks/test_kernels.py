@@ -83,7 +83,9 @@ def test_experts_are_as_exact_as_eager(case: Case, subject: Subject, measured: M
             bias = abs(signed_mean(value, oracle[name]))
             floor = abs(signed_mean(eager[name], oracle[name]))
             measured["bias"] = max(measured.get("bias", 0.0), bias)
-            limit = 4 * floor + float(torch.finfo(value.dtype).eps)
+            # the oracle rounds too: a mean of n entries with the noise of float64 moves this much
+            noise = 4 * tolerance("kernels/float64").observed / value.numel() ** 0.5
+            limit = 4 * floor + max(float(torch.finfo(value.dtype).eps), noise)
             assert bias <= limit, f"{case.id}: {label} is biased by {bias:.3g}, tolerance {limit:g}"
 
 

@@ -245,7 +245,7 @@ class _Sums:
     def result(self) -> Gradients:
         """Every gradient, scaled."""
         if self.weight is not None:
-            self.out.weight = self.weight.result(self.factor)
+            self.out.weight = self.weight.result(self.factor, self.op.ops)
         if self.out.bias is not None:
             self.out.bias.mul_(self.factor)
         if self.out.low_rank is not None:

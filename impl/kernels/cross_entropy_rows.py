@@ -152,6 +152,10 @@ class RowOperations(Protocol):
         """Add the terms whose label is a row of `sums`, fp32 rows of the vocabulary from `low`."""
         ...
 
+    def scale(self, source: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> None:
+        """out = source times a one-element factor, rounded to out's dtype; both contiguous."""
+        ...
+
 
 def label_shares(state: State, form: Form) -> torch.Tensor:
     """-(1 - p) dz/dx / scale at each token's label: what `LabelRows` takes as its share."""

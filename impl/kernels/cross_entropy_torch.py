@@ -91,6 +91,10 @@ class TorchRows:
         else:
             sums.index_add_(0, at, values)
 
+    def scale(self, source: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> None:
+        """See `RowOperations.scale`."""
+        torch.mul(source, factor, out=out)
+
 
 def _label_columns(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
     """Column of each row's label in the tile (clamped; (tokens, 1)) and whether it lies inside."""

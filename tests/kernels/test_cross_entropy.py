@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,12 +9,12 @@ import torch
 
 from impl.kernels import cross_entropy as module
 from impl.kernels.cross_entropy import causal_lm_loss, linear_cross_entropy
-from impl.kernels.cross_entropy_chunks import Needs, Operands, logits_buffer, whole_row_tiles
+from impl.kernels.cross_entropy_chunks import Needs, Operands, whole_row_tiles
 from impl.kernels.cross_entropy_kept import Kept, kept_chunks
 from impl.kernels.cross_entropy_lean import sliced_tiles
 from impl.kernels.cross_entropy_rows import Form
 from impl.kernels.cross_entropy_torch import TorchRows
-from impl.kernels.cross_entropy_weight import WeightGradient
+from impl.kernels.cross_entropy_weight import Room, WeightGradient
 from tests.kernels.cross_entropy_cases import CASES, judge
 
 SMALL = (1 << 20) + 40_000  # several chunks and several slices of every case
@@ -139,36 +138,45 @@ def test_weight_gradient_narrows_in_place(shape: tuple[int, int]) -> None:
         gradient.add(0, logits[:, :cut], hidden, i == 0)
         gradient.add(cut, logits[:, cut:], hidden, i == 0)
         total += logits.float().t() @ hidden.float()
-    got = gradient.result(torch.tensor(0.3))
+    got = gradient.result(torch.tensor(0.3), TorchRows())
     torch.testing.assert_close(got, (total * 0.3).bfloat16(), rtol=2**-7, atol=1e-6)
     assert got.untyped_storage().nbytes() == vocabulary * dim * 2
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "chunks"),
+    ("vocabulary", "slices", "first", "later"),
     [
-        (64, Kept(16, 8, 8)),  # halves of four slices, several later chunks
-        (64, Kept(9, 4, 32)),
-        (63, Kept(16, 8, 32)),  # an odd vocabulary has halves of 31 and 32 rows
+        (64, 8, 16, 8),  # halves of four slices as large as their sums, several later chunks
+        (64, 8, 24, 6),  # larger ones: some lie in the arena
+        (64, 8, 40, 0),
+        (64, 2, 9, 4),  # smaller ones
+        (68, 2, 12, 8),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("gathered", [False, True])
 def test_kept_tiles(
-    vocabulary: int, chunks: Kept, dtype: torch.dtype, gathered: bool, monkeypatch: Any
+    vocabulary: int,
+    slices: int,
+    first: int,
+    later: int,
+    dtype: torch.dtype,
+    gathered: bool,
+    monkeypatch: Any,
 ) -> None:
     """Tiles in the storage of sums not yet written give the loss and gradients of full logits."""
-    if dtype == torch.float64:  # as many bytes of logits as of sums: half the tokens
-        whole = vocabulary if vocabulary % 2 else chunks.width
-        chunks = replace(chunks, first=chunks.first // 2, width=whole)
-    monkeypatch.setattr(module, "kept_chunks", lambda *a: chunks)
     torch.manual_seed(5)
-    hidden = torch.randn(40, 8, dtype=dtype, requires_grad=True)
+    tokens = first + 2 * later + later // 2
+    hidden = torch.randn(tokens, 8, dtype=dtype, requires_grad=True)
     weight = torch.randn(vocabulary, 8, dtype=dtype, requires_grad=True)
-    labels = torch.randint(0, vocabulary, (40,))
+    labels = torch.randint(0, vocabulary, (tokens,))
     labels[5:15] = vocabulary - 1  # a run longer than a block of rows
     if gathered:
-        labels[::4] = -100
+        labels[::9] = -100
+        first -= len(labels[::9]) if not later else 0
+    room = Room.plan(weight, first, slices, dtype)
+    assert room is not None
+    monkeypatch.setattr(module, "kept_chunks", lambda *a: Kept(room, later))
     bias = torch.randn(vocabulary, dtype=dtype)
     bias[40:] += 50  # the reference moves after the first slices
     wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
@@ -198,13 +206,28 @@ def test_kept_chunks_fit(dim: int, vocabulary: int, valid: int) -> None:
         assert (chunks is None) == (vocabulary == 151669)  # its halves have no equal slices
         if chunks is None:
             return
-        last = logits_buffer(op, chunks.first, chunks.width)
-        tiles = WeightGradient(op.weight).kept_tiles(chunks.first, chunks.width, last)
-    assert sum(x.shape[1] for _, x in tiles) == vocabulary
-    shared = chunks.first * dim * 8
-    used = max(last.numel() * 2, chunks.later * vocabulary * 2) + shared
+    used = max(chunks.room.spare, chunks.later * vocabulary * 2) + chunks.room.tokens * dim * 6
     assert used <= budget, f"{chunks}: {used / 2**20:.0f} MiB"
-    assert chunks.first + chunks.later * 2 >= valid or dim == 2048
+    assert chunks.room.tokens + chunks.later >= valid
+
+
+def test_tiles_keep_clear_of_sums() -> None:
+    """Sums are written only over tiles that are spent, and tiles never overlap."""
+    weight = torch.empty(960, 8, dtype=torch.bfloat16)
+    for slices in (2, 4, 10, 12):
+        for tokens in range(1, 60):
+            room = Room.plan(weight, tokens, slices, torch.bfloat16)
+            assert room is not None
+            gradient = WeightGradient(weight, room.spare)
+            tiles = gradient.first_tiles(room)
+            for index, (_, x) in enumerate(tiles):
+                x.fill_(index + 1)
+            for index, (low, x) in enumerate(tiles):
+                assert (x == index + 1).all(), f"{room}: tile {index} was overwritten"
+                for start, piece in gradient.pieces:
+                    if start <= low < start + piece.shape[0]:
+                        piece[low - start : low - start + room.width] = -1.0
+                assert (x == index + 1).all(), f"{room}: tile {index} lies under its own sums"
 
 
 @pytest.mark.parametrize("mib", [32, 320, 640, 1100])
