@@ -165,6 +165,40 @@ def error(x: Inputs, loss: Loss) -> tuple[float, float]:
     return float((got - truth).norm() / norm), float((yardstick - truth).norm() / norm)
 
 
+def weight_error(x: Inputs, rows: int = 128) -> tuple[float, float]:
+    """Relative Frobenius error of the weight's gradient (already computed) on some of its rows,
+    labels' rows among them: the provider's, and that of eager bf16 logits, against float64."""
+    weight, dim = x.weight.detach(), x.weight.shape[1]
+    valid = (x.labels != -100).nonzero().squeeze(1)
+    some = torch.cat([x.labels[valid[: rows // 2]], torch.arange(rows // 2, device="cuda") * 1999])
+    some = some.unique()
+    wide = weight.double()
+    truth = torch.zeros(len(some), dim, device="cuda", dtype=torch.float64)
+    low = torch.zeros(len(some), dim, device="cuda")
+    for at in valid.split(256):
+        h, labels = x.hidden.detach()[at], x.labels[at]
+        hot = (some[None, :] == labels[:, None]).double()
+        z = h.double() @ wide.t()
+        raw = h @ weight.t()
+        if x.softcap is not None:
+            z = torch.tanh(z / x.softcap) * x.softcap
+        p = torch.exp(z[:, some] - z.logsumexp(1, keepdim=True)) - hot
+        if x.softcap is not None:
+            p = p * (1 - (z[:, some] / x.softcap) ** 2)
+        truth += p.t() @ h.double()
+        eager = raw.requires_grad_()
+        with torch.enable_grad():
+            capped = eager if x.softcap is None else torch.tanh(eager / x.softcap) * x.softcap
+            total = torch.nn.functional.cross_entropy(capped.float(), labels, reduction="sum")
+            (dz,) = torch.autograd.grad(total / len(valid), eager)
+        low += dz[:, some].t().float() @ h.float()
+    truth /= len(valid)
+    assert x.weight.grad is not None
+    got, eager_rows = x.weight.grad[some].double(), low.bfloat16().double()
+    norm = truth.norm()
+    return float((got - truth).norm() / norm), float((eager_rows - truth).norm() / norm)
+
+
 def quantiles(times: list[float]) -> tuple[float, float, float]:
     """Median, 20th and 80th percentile."""
     t = torch.tensor(times, dtype=torch.float64)

@@ -107,6 +107,7 @@ class _Pass:
     def gradients(self) -> Gradients:
         """Both gradients, the labels' terms and the factor included."""
         op = self.op
+        del self.acc, self.tops  # room for what narrowing takes
         labels, order = torch.sort(op.labels, stable=True)
         rows = order if op.rows is None else op.rows[order]
         terms = LabelRows(labels, self.shares[order], rows, op.hidden)

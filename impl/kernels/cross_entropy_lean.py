@@ -18,7 +18,6 @@ from collections.abc import Iterable
 import torch
 
 from .cross_entropy_chunks import (
-    SLICE,
     Needs,
     Operands,
     Tiles,
@@ -29,7 +28,7 @@ from .cross_entropy_chunks import (
 from .cross_entropy_products import accumulation_dtype, product_into
 from .cross_entropy_rows import State, Target, token_losses
 
-_CHUNK, _NARROW = 2816, 8192
+_CHUNK, _NARROW, _WIDE, _WIDEST = 2816, 8192, 31040, 65536
 
 
 def can_defer(op: Operands, needs: Needs) -> bool:
@@ -50,9 +49,9 @@ def can_defer(op: Operands, needs: Needs) -> bool:
 def sliced_tiles(op: Operands, budget: int) -> Tiles:
     """Token chunk and vocabulary slice within the budget.
 
-    The vendor's products like both large. Chunks are equal and at most 2816 tokens, as large as
-    leaves room for slices of 8192 columns; what is left of the budget widens the slices, up to
-    32768 columns: beyond that nothing was gained.
+    The vendor's products like both large. All tokens are one chunk where that leaves room for
+    slices of `_WIDE` columns; else chunks are equal and at most `_CHUNK` tokens, as large as leaves
+    room for `_NARROW` columns. What is left of the budget makes fewer, equal slices.
     """
     count, (vocabulary, dim) = op.labels.shape[0], op.weight.shape
     item = op.buffer_dtype.itemsize
@@ -61,9 +60,13 @@ def sliced_tiles(op: Operands, budget: int) -> Tiles:
     budget -= 1 << 20
     least = min(_NARROW, vocabulary)
     tokens = max(1, min(count, _CHUNK, budget // (fixed + least * item)))
+    if budget // (fixed + min(_WIDE, vocabulary) * item) >= count:
+        tokens = count
     tokens = -(-count // -(-count // tokens))
-    width = (budget - tokens * fixed) // (tokens * item) // 256 * 256
-    width = min(vocabulary, max(256, min(width, SLICE)))
+    most = (budget - tokens * fixed) // (tokens * item)
+    most = min(vocabulary, max(256, min(most // 256 * 256, _WIDEST)))
+    equal = -(-vocabulary // -(-vocabulary // most))
+    width = min(most, -(-equal // 256) * 256)
     return Tiles(tokens, width, width)
 
 
@@ -99,15 +102,18 @@ def sweep_chunk(
 ) -> State:
     """Leave exp(z - top) dz/dx in the tiles (first column, (tokens, width)) of a chunk, and their
     product with the classifier in acc. `tops` (tiles, tokens) gets the reference of each tile."""
-    state = State.start(hidden.shape[0], hidden.device, acc.dtype)
+    state: State | None = None
     for index, (low, x) in enumerate(tiles):
         op.logits(x, hidden, None, low)
+        # After the first product is under way: the device has waited for the count of tokens.
+        state = state or State.start(hidden.shape[0], hidden.device, acc.dtype)
         accumulator = None if index == 0 else acc
         op.ops.sweep(op.tile(x, labels, low), state, write=True, accumulator=accumulator)
         weight = op.weight[low : low + x.shape[1]]
         product_into(acc, x, weight.to(x.dtype), index == 0)
         if tops is not None:
             tops[index].copy_(state.top)
+    assert state is not None, "a vocabulary has at least one slice"
     return state
 
 
