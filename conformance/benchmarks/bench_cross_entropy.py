@@ -1,6 +1,7 @@
 """Linear cross-entropy, forward and backward: time, workspace and error of every provider.
 
     python -m conformance.benchmarks.bench_cross_entropy --out records.json [--seconds 300]
+           [--part main|sizes|all]
 
 Rules (kernels.md section 11): one cell a process; providers interleaved over the rounds; L2 flushed
 before each timed call; device events; 3 warm-ups, 10 timed calls, median and quintiles; workspace =
@@ -13,23 +14,23 @@ raises is recorded with its reason.
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib import import_module, metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from conformance.benchmarks.records import record
+from conformance.benchmarks.runner import Records, ceilings, run_cells, timed
 from conformance.paths import reference_package
 
 # Hidden size, vocabulary, softcap.
 SHAPES = {"gemma4": (2816, 262144, 30.0), "qwen3.5": (2048, 248320, None)}
-PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "cut-cross-entropy")
+KERNEL = "linear_cross_entropy"
+CHECKED = 8192  # tokens at which the weight's gradient is compared with float64: it takes seconds
 STD = 0.02  # of the weights: logits of standard deviation about 1
 
 
@@ -152,11 +153,11 @@ def exact_rows(x: Inputs, rows: torch.Tensor, valid: int, eager: bool) -> torch.
     return grad.double()
 
 
-def error(x: Inputs, loss: Loss) -> tuple[float, float]:
-    """Relative Frobenius error of the hidden gradient on 128 rows: the provider's and eager's."""
+def error(x: Inputs) -> tuple[float, float]:
+    """Relative Frobenius error of the hidden gradient (already computed) on 128 rows: the
+    provider's and eager's."""
     valid = int((x.labels != -100).sum())
     rows = (x.labels != -100).nonzero().squeeze(1)[:: max(1, valid // 128)][:128]
-    loss(x).backward()
     assert x.hidden.grad is not None
     got = x.hidden.grad[rows].double()
     truth = exact_rows(x, rows, valid, eager=False)
@@ -199,29 +200,6 @@ def weight_error(x: Inputs, rows: int = 128) -> tuple[float, float]:
     return float((got - truth).norm() / norm), float((eager_rows - truth).norm() / norm)
 
 
-def quantiles(times: list[float]) -> tuple[float, float, float]:
-    """Median, 20th and 80th percentile."""
-    t = torch.tensor(times, dtype=torch.float64)
-    low, mid, high = torch.quantile(t, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
-    return mid, low, high
-
-
-def timed(step: Callable[[], object], repeats: int = 10, warmups: int = 3) -> list[float]:
-    """Milliseconds of each call, the second-level cache flushed before it."""
-    flush = torch.empty(64 << 20, dtype=torch.int32, device="cuda")
-    times = []
-    for i in range(warmups + repeats):
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()
-        end.record()
-        torch.cuda.synchronize()
-        if i >= warmups:
-            times.append(start.elapsed_time(end))
-    return times
-
-
 def workspace(x: Inputs, step: Callable[[], object], wide: bool) -> float:
     """MiB beyond the inputs and what the caller gets back."""
     x.hidden.grad = x.weight.grad = None
@@ -257,55 +235,25 @@ def products(cell: Cell, chunk: int = 1024) -> list[float]:
                 part = z[:n].t(), h[start : start + n]
                 torch.addmm(dw, *part, out_dtype=torch.float32, out=dw)
 
-    return timed(step)
+    return timed(step, repeats=10)
 
 
-def ceilings() -> Iterator[tuple[str, str, list[float]]]:
-    """(metric, unit, values) of a large product and a large copy."""
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    b = torch.randn_like(a)
-    yield "matmul8192", "TFLOP/s", [2 * 8192**3 / t / 1e9 for t in timed(lambda: a @ b)]
-    c = torch.empty(1 << 29, dtype=torch.int32, device="cuda")
-    d = torch.empty_like(c)
-    yield "copy", "TB/s", [2 * c.numel() * 4 / t / 1e9 for t in timed(lambda: d.copy_(c))]
-
-
-def record(cell: Cell | None, metric: str, unit: str, values: list[float]) -> dict[str, Any]:
-    """One flat record (kernels.md section 11); the only place that knows the layout."""
-    mid, low, high = quantiles(values)
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "kernel": "linear_cross_entropy",
-        "provider": cell.provider if cell else "device",
-        "mode": cell.mode if cell else "ceiling",
-        "metric": metric,
-        "unit": unit,
-        "x_name": "tokens",
-        "x_value": cell.tokens if cell else 0,
-        "median": mid,
-        "p20": low,
-        "p80": high,
-        "shape": cell.shape if cell else "",
-        "dtype": "bfloat16",
-        "seed": 0,
-        "device": torch.cuda.get_device_name(),
-        "clocks": "as found",
-        "versions": versions,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def measure(cell: Cell | None) -> list[dict[str, Any]]:
-    """Every record of one cell (None: the ceilings); runs in a process of its own."""
-    if cell is None:
-        return [record(None, *values) for values in ceilings()]
+def measure(cell: Cell) -> Records:
+    """Every record of one cell; runs in a process of its own."""
+    if cell.provider == "device":
+        return [record(KERNEL, "device", "ceiling", *row, shape="") for row in ceilings()]
+    more: dict[str, Any] = {"shape": cell.shape, "dtype": "bfloat16", "seed": 0}
     if cell.provider == "products":
-        return [record(cell, "forward+backward", "ms", products(cell))]
+        rows: list[tuple[str, str, list[float]]] = [("forward+backward", "ms", products(cell))]
+    else:
+        rows = _figures(cell)
+    return [
+        record(KERNEL, cell.provider, cell.mode, *row, x_value=cell.tokens, **more) for row in rows
+    ]
+
+
+def _figures(cell: Cell) -> list[tuple[str, str, list[float]]]:
+    """Errors of the timed configuration, its time and its workspace."""
     began = time.monotonic()
     loss, x = PROVIDERS[cell.provider](), make_inputs(cell)
 
@@ -313,92 +261,92 @@ def measure(cell: Cell | None) -> list[dict[str, Any]]:
         x.hidden.grad = x.weight.grad = None
         loss(x).backward()
 
-    got, eager = error(x, loss)
-    ready = time.monotonic() - began
     step()
-    space = workspace(x, step, cell.provider in WIDE)
-    times = timed(step)
-    return [
-        record(cell, "forward+backward", "ms", times),
-        record(cell, "workspace", "MiB", [space]),
-        record(cell, "hidden gradient error", "relative", [got]),
-        record(cell, "eager hidden gradient error", "relative", [eager]),
-        record(cell, "first call (compiling, tuning, check)", "s", [ready]),
+    torch.cuda.synchronize()
+    ready = time.monotonic() - began
+    got, eager = error(x)
+    errors = [
+        ("hidden gradient error", "relative", [got]),
+        ("eager hidden gradient error", "relative", [eager]),
     ]
-
-
-def _child(cell: Cell | None, pipe: Any) -> None:
-    """Process body: send the records or the reason why there are none."""
-    try:
-        pipe.send(measure(cell))
-    except Exception as problem:
-        pipe.send(f"{type(problem).__name__}: {str(problem).splitlines()[:1]}")
-
-
-def run_cell(cell: Cell | None, limit: float) -> list[dict[str, Any]]:
-    """Measure a cell in a fresh fork of this process, which never touches the GPU itself."""
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(cell, theirs))
-    child.start()
-    answer: Any = ours.recv() if ours.poll(limit) else f"no answer in {limit:.0f} s"
-    child.join(5)
-    if child.is_alive():
-        child.kill()
-    if isinstance(answer, str):
-        print("  failed:", answer, flush=True)
-        return [
-            {"kernel": "linear_cross_entropy", "failed": answer, **(asdict(cell) if cell else {})}
+    if cell.trainable and cell.tokens == CHECKED:
+        got, eager = weight_error(x)
+        errors += [
+            ("weight gradient error", "relative", [got]),
+            ("eager weight gradient error", "relative", [eager]),
         ]
-    records: list[dict[str, Any]] = answer
-    return records
-
-
-def plan() -> list[Cell | None]:
-    """Cells in the order of their worth, so that a short run has the important ones."""
-    cells: list[Cell | None] = [None]
-    bars = ("reference", "torch.compile")
-    for round_ in range(2):
-        for provider in ("products", *bars, "reference-lean"):
-            cells += [Cell(shape, 8192, False, 0.0, provider) for shape in SHAPES]
-        cells.append(Cell("qwen3.5", 8192, False, 0.0, "reference-640"))
-        for provider in ("products", *bars):
-            cells += [Cell(shape, 8192, True, 0.0, provider) for shape in SHAPES]
-        cells += [Cell(shape, 8192, False, 0.5, "reference") for shape in SHAPES]
-        if round_ == 0:
-            for provider in ("cce", "liger", "full-logits"):
-                cells += [Cell(shape, 8192, False, 0.0, provider) for shape in SHAPES]
-    for provider in ("cce", "liger", "full-logits"):
-        cells += [Cell(shape, 8192, True, 0.0, provider) for shape in SHAPES]
-    cells += [
-        Cell(shape, 8192, train, 0.0, "cce-exact") for train in (False, True) for shape in SHAPES
+    torch.cuda.empty_cache()
+    space = workspace(x, step, cell.provider in WIDE)
+    return [
+        ("forward+backward", "ms", timed(step, repeats=10)),
+        ("workspace", "MiB", [space]),
+        *errors,
+        ("first call", "s", [ready]),
     ]
-    for tokens in (4096, 16384, 32768):
-        for provider in bars if tokens < 32768 else bars[:1]:
-            for trainable in (False, True):
-                cells += [Cell(shape, tokens, trainable, 0.0, provider) for shape in SHAPES]
+
+
+def plan(part: str) -> list[Cell]:
+    """Cells in the order of their worth, so that a short run has the important ones."""
+
+    def each(provider: str, trainable: bool, ignored: float = 0.0, tokens: int = 8192) -> None:
+        cells.extend(Cell(shape, tokens, trainable, ignored, provider) for shape in SHAPES)
+
+    cells = [Cell("", 0, False, 0.0, "device")]
+    bars = ("reference", "torch.compile")
+    for _ in range(2 if part in ("main", "all") else 0):
+        for trainable in (False, True):
+            for provider in ("products", *bars):
+                each(provider, trainable)
+        each("reference-lean", False)
+        cells.append(Cell("qwen3.5", 8192, False, 0.0, "reference-640"))
+        each("reference", False, ignored=0.5)
+        each("reference", True, ignored=0.5)
+    if part in ("main", "all"):
+        for trainable in (False, True):
+            for provider in ("cce", "liger", "full-logits", "cce-exact"):
+                each(provider, trainable)
+    if part in ("sizes", "all"):
+        for tokens in (4096, 16384, 32768):
+            for ignored in (0.0, 0.5):
+                for trainable in (False, True):
+                    for provider in bars:
+                        each(provider, trainable, ignored, tokens)
+        for trainable in (False, True):
+            each("torch.compile", trainable, 0.5)
     return cells
+
+
+def first_cells() -> list[Cell]:
+    """What `pytest -m bench` measures: the products, ours and the best peer, once."""
+    return plan("main")[: 1 + 6 * len(SHAPES)]
+
+
+def with_floors(records: Records) -> Records:
+    """Add what share of the floor each time reaches: two products of all valid tokens for a frozen
+    head, three for a trainable one, at the ceiling of the same run."""
+    top = [r["median"] for r in records if r.get("metric") == "matmul8192"]
+    if not top:
+        return records
+    shares = []
+    for row in records:
+        if row.get("metric") == "forward+backward":
+            dim, vocabulary, _ = SHAPES[row["shape"]]
+            head, _, ignored = row["mode"].partition("+ignored")
+            tokens = row["x_value"] * (1 - float(ignored or 0))
+            least = 2 * (3 if head == "trainable" else 2) * tokens * vocabulary * dim / top[0] / 1e9
+            share = {"metric": "share of floor", "unit": "ratio", "floor_ms": least}
+            shares.append({**row, **share, **{k: least / row[k] for k in ("median", "p20", "p80")}})
+    return records + shares
 
 
 def main() -> None:
     """Run the cells, write the records after each, print a short table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=1800.0, help="start no cell after this")
+    parser.add_argument("--part", choices=("main", "sizes", "all"), default="all")
     arguments = parser.parse_args()
-    began, records = time.monotonic(), []
-    for cell in plan():
-        left = arguments.seconds - (time.monotonic() - began)
-        if left <= 0:
-            print("out of time; the remaining cells were not run")
-            break
-        got = run_cell(cell, max(left, 60.0))
-        records += got
-        arguments.out.write_text(json.dumps(records, indent=0))
-        for row in got:
-            if row.get("metric") in ("forward+backward", "workspace", "matmul8192", "copy"):
-                where = f"{row['shape']:8} {row['x_value']:6} {row['mode']:20} {row['provider']:15}"
-                print(where, f"{row['metric']:17} {row['median']:9.2f} {row['unit']}", flush=True)
+    run_cells(plan(arguments.part), measure, with_floors, arguments.out, arguments.seconds, KERNEL)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Mixture-of-experts with LoRA, forward and backward: time, memory and error of every provider.
 
     python -m conformance.benchmarks.bench_experts --out records.json [--seconds 300]
-           [--provider NAME ...] [--shape NAME ...] [--full]
+           [--provider NAME ...] [--shape NAME ...] [--part main|sizes|all]
 
 Rules (`kernels.md` §11): one cell a process; providers interleaved over the rounds; the cache
 flushed before each timed call, for long enough that the host is ahead (its own time is a figure
@@ -15,9 +15,8 @@ experts. A provider that does not install or raises is recorded with its reason.
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ from conformance.benchmarks.runner import (
     Records,
     ceilings,
     host,
-    in_fresh_process,
     memory,
+    run_cells,
     timed,
 )
 
@@ -194,28 +193,36 @@ def _first_call(cell: Cell, layer: Any, x: Inputs, grad: torch.Tensor) -> tuple[
     return step, (out.detach(), first[0].detach())
 
 
-def plan(shapes: list[str], providers: list[str], full: bool) -> list[Cell]:
-    """Cells in the order of their worth, two rounds interleaved."""
+def plan(shapes: list[str], providers: list[str], part: str) -> list[Cell]:
+    """Cells in the order of their worth: two interleaved rounds of ours and the best peer, the
+    other peers once, then ours and the best peer at other sizes and ranks."""
 
     def tokens(shape: str) -> int:
         return 4096 if shape == "mixtral-8x7b" else 8192
 
     cells = [Cell("", 0, 0, "", "device")]
-    for round_ in range(2):
-        for provider in providers:
-            slow = provider not in ("reference", "grouped_mm+split")
-            if slow and round_:
-                continue
-            cells += [Cell(shape, tokens(shape), 16, "even", provider) for shape in shapes]
-            if "gemma4-26B-A4B" in shapes and not slow:
-                cells.append(Cell("gemma4-26B-A4B", 8192, 16, "skewed", provider))
     best = [p for p in providers if p in ("reference", "grouped_mm+split")]
-    if full:
-        for provider in best:
-            for shape in shapes:
-                cells += [Cell(shape, t, 16, "even", provider) for t in (4096, 16384, 32768)]
+    if part in ("main", "all"):
+        for _ in range(2):
+            for provider in best:
+                cells += [Cell(shape, tokens(shape), 16, "even", provider) for shape in shapes]
+                if "gemma4-26B-A4B" in shapes:
+                    cells.append(Cell("gemma4-26B-A4B", 8192, 16, "skewed", provider))
+        for provider in (p for p in providers if p not in best):
+            cells += [Cell(shape, tokens(shape), 16, "even", provider) for shape in shapes]
+    if part in ("sizes", "all"):
+        for shape in shapes:
+            sizes = [t for t in (4096, 8192, 16384, 32768) if t != tokens(shape)]
+            for provider in best:
+                cells += [Cell(shape, t, 16, "even", provider) for t in sizes]
                 cells += [Cell(shape, tokens(shape), r, "even", provider) for r in (8, 64)]
     return cells
+
+
+def first_cells() -> list[Cell]:
+    """What `pytest -m bench` measures: ours and the best peer, once."""
+    best = ["reference", "grouped_mm+split"]
+    return plan(list(SHAPES), best, "main")[: 1 + 2 * (len(SHAPES) + 1)]
 
 
 def with_floors(records: Records) -> Records:
@@ -242,24 +249,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1800.0, help="start no cell after this")
     parser.add_argument("--provider", nargs="*", default=list(PROVIDERS))
     parser.add_argument("--shape", nargs="*", default=list(SHAPES))
-    parser.add_argument("--full", action="store_true", help="also 4k to 32k tokens, ranks 8 and 64")
+    parser.add_argument(
+        "--part",
+        choices=("main", "sizes", "all"),
+        default="all",
+        help="sizes: 4k to 32k tokens, ranks 8 and 64, of ours and the best peer",
+    )
     arguments = parser.parse_args()
-    began, records = time.monotonic(), []
-    for cell in plan(arguments.shape, arguments.provider, arguments.full):
-        left = arguments.seconds - (time.monotonic() - began)
-        if left <= 0:
-            print("out of time; the remaining cells were not run")
-            break
-        got = in_fresh_process(measure, cell, max(left, 60.0))
-        if isinstance(got, str):
-            print(f"{cell.shape:16} {cell.mode:12} {cell.provider:18} failed: {got}", flush=True)
-            got = [{"kernel": KERNEL, "failed": got, **asdict(cell)}]
-        records += got
-        arguments.out.write_text(json.dumps(with_floors(records), indent=0))
-        line = "  ".join(
-            f"{r['metric']} {r['median']:.4g} {r['unit']}" for r in got if "metric" in r
-        )
-        print(f"{cell.shape:16} {cell.mode:12} {cell.provider:18} {line}", flush=True)
+    cells = plan(arguments.shape, arguments.provider, arguments.part)
+    run_cells(cells, measure, with_floors, arguments.out, arguments.seconds, KERNEL)
 
 
 if __name__ == "__main__":

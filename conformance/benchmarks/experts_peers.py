@@ -186,7 +186,7 @@ def liger() -> Layer:
     )
 
     def layer(x: Inputs) -> Tensor:
-        out: Tensor = function.apply(x.hidden, x.gate_up, x.down, x.index, x.weights)
+        out: Tensor = function.apply(x.hidden, x.gate_up, x.down, x.index.int(), x.weights)
         return out
 
     return layer

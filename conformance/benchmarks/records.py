@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel")
+PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "cut-cross-entropy")
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:

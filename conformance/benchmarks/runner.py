@@ -6,9 +6,11 @@ allocated: fragmentation left by one cell cannot enter the next.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,6 +92,34 @@ def in_fresh_process(measure: Callable[[Any], Records], cell: Any, limit: float)
     if child.is_alive():
         child.kill()
     return answer
+
+
+def run_cells(
+    cells: Sequence[Any],
+    measure: Callable[[Any], Records],
+    finish: Callable[[Records], Records],
+    out: Path,
+    seconds: float,
+    kernel: str,
+) -> Records:
+    """Measure each cell (a dataclass) in a process of its own and print a line of it; start none
+    after so many seconds. The records, as `finish` completes them, are written after each."""
+    began, records = time.monotonic(), []
+    for cell in cells:
+        left = seconds - (time.monotonic() - began)
+        if left <= 0:
+            print("out of time; the remaining cells were not run")
+            break
+        got = in_fresh_process(measure, cell, max(left, 60.0))
+        name = " ".join(str(value) for value in vars(cell).values())
+        if isinstance(got, str):
+            print(f"{name} failed: {got}", flush=True)
+            got = [{"kernel": kernel, "failed": got, **vars(cell)}]
+        records += got
+        out.write_text(json.dumps(finish(records), indent=0) + "\n")
+        figures = [f"{r['metric']} {r['median']:.4g} {r['unit']}" for r in got if "metric" in r]
+        print(f"{name}  {'  '.join(figures)}", flush=True)
+    return finish(records)
 
 
 def _child(measure: Callable[[Any], Records], cell: Any, pipe: Any) -> None:
