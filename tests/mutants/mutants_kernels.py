@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,13 +20,15 @@ def gradient_tile(patch: pytest.MonkeyPatch, change: Any) -> None:
     """Every tile of dlogits that the head writes, through `change`."""
 
     def make(original: Any) -> Any:
-        def gradient(self: Any, x: torch.Tensor, *args: Any) -> None:
-            original(self, x, *args)
-            x.copy_(change(x))
+        def written(self: Any, tile: Any, *args: Any, **options: Any) -> None:
+            original(self, tile, *args, **options)
+            if options.get("write", True):
+                tile.x.copy_(change(tile.x))
 
-        return gradient
+        return written
 
     around(patch, f"{ROWS}:TorchRows.gradient", make)
+    around(patch, f"{ROWS}:TorchRows.sweep", make)
 
 
 @mutant(
@@ -47,8 +50,9 @@ def the_bias_is_counted_twice(patch: pytest.MonkeyPatch) -> None:
     """The bias is added once for every block of the hidden width."""
 
     def make(original: Any) -> Any:
-        def logits(x: Any, bias: Any, *args: Any) -> Any:
-            return original(x, None if bias is None else 2 * bias, *args)
+        def logits(tile: Any, dtype: torch.dtype) -> Any:
+            bias = None if tile.bias is None else 2 * tile.bias
+            return original(replace(tile, bias=bias), dtype)
 
         return logits
 
