@@ -30,6 +30,7 @@ from conformance.paths import reference_package
 # Hidden size, vocabulary, softcap.
 SHAPES = {"gemma4": (2816, 262144, 30.0), "qwen3.5": (2048, 248320, None)}
 KERNEL = "linear_cross_entropy"
+SIZES = (16384, 4096, 32768)
 CHECKED = 8192  # tokens at which the weight's gradient is compared with float64: it takes seconds
 STD = 0.02  # of the weights: logits of standard deviation about 1
 
@@ -306,11 +307,10 @@ def plan(part: str) -> list[Cell]:
             for provider in ("cce", "liger", "full-logits", "cce-exact"):
                 each(provider, trainable)
     if part in ("sizes", "all"):
-        for tokens in (4096, 16384, 32768):
-            for ignored in (0.0, 0.5):
-                for trainable in (False, True):
-                    for provider in bars:
-                        each(provider, trainable, ignored, tokens)
+        sizes = ((i, t, n) for i in (0.0, 0.5) for t in (False, True) for n in SIZES)
+        for ignored, trainable, tokens in sizes:
+            for provider in bars:
+                each(provider, trainable, ignored, tokens)
         for trainable in (False, True):
             each("torch.compile", trainable, 0.5)
     return cells

@@ -85,8 +85,8 @@ def main() -> int:
             print(f"{setting}: {got}", flush=True)
             continue
         rows += got
+        arguments.out.write_text(json.dumps(rows, indent=0) + "\n")
         print(setting, *(f"{r['metric']} {r['median']:.4g}" for r in got), flush=True)
-    arguments.out.write_text(json.dumps(rows, indent=0) + "\n")
     return 0 if rows else 1
 
 

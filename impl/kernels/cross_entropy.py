@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from . import graph
 from .cross_entropy_chunks import Gradients, Needs, Operands, Tiles, exact_pass, whole_row_tiles
 from .cross_entropy_kept import kept_chunks, kept_pass
 from .cross_entropy_lean import can_defer, deferred_pass, sliced_tiles
@@ -187,7 +188,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             out = (grads.hidden, grads.weight, grads.bias, grads.features, grads.low_rank)
         else:
             row = upstream.unsqueeze(1) if ctx.job.per_token else upstream
-            keep = _graph_is_kept()
+            keep = graph.is_kept()
             out = tuple(None if g is None else scaled(g, row, keep) for g in ctx.saved_tensors)
         cast = (
             None if g is None else g.to(dtype) for g, dtype in zip(out, ctx.dtypes, strict=True)
@@ -316,12 +317,6 @@ def scaled(gradient: torch.Tensor, upstream: torch.Tensor, keep: bool) -> torch.
             scale_in_place(gradient, upstream.contiguous())
         return gradient
     return gradient.mul_(upstream.to(gradient.dtype) if upstream.dim() == 0 else upstream)
-
-
-def _graph_is_kept() -> bool:
-    """Whether this backward may be run again (retain_graph); assumed where torch cannot tell."""
-    probe = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if probe is None else bool(probe())
 
 
 def _dtypes(*tensors: torch.Tensor | None) -> tuple[torch.dtype | None, ...]:

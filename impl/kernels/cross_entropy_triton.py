@@ -117,8 +117,11 @@ def _sweep(
     HAS_BIAS: tl.constexpr, TANH: tl.constexpr, PRECISE: tl.constexpr, WRITE: tl.constexpr,
     TOTAL: tl.constexpr, HAS_ACC: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of one tile, each element read once: see `RowOperations.sweep`."""
-    row = tl.program_id(0).to(tl.int64)
+    """One row of one tile, each element read once: see `RowOperations.sweep`.
+
+    Last rows first: the product wrote them last, and they may still be in the second-level cache.
+    """
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     x_row = x_ptr + row * x_stride
     column = tl.load(label_ptr + row) - offset
     inside = (column >= 0) & (column < width)

@@ -114,7 +114,8 @@ def _compute_dtype(device_type: str, weight_dtype: torch.dtype) -> torch.dtype:
 
 
 class _Experts(torch.autograd.Function):
-    """Autograd over either path; saves inputs, GU and small products, overwrites none of them."""
+    """Autograd over either path; saves inputs, GU and small products. A backward that cannot come
+    again overwrites GU, once it has read it."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:

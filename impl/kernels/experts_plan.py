@@ -53,7 +53,7 @@ class Plan:
     output_columns: int
     output_warps: int
     output_stages: int
-    input_blocks: int  # column blocks of dX that pass through one buffer; 0: half of them
+    input_blocks: int  # column blocks of dX that pass through a buffer of its own; 0: half of them
     keep_factors: bool  # save lora_B by expert for the backward rather than swap it again
 
 

@@ -1,7 +1,8 @@
 """The backward launches of the experts layer in Triton.
 
-dh overwrites nothing saved: one buffer D (S, 2I) first holds dh in its left half, then dGU. dX goes
-through one buffer in column parts. The gradient of A comes last, when D is gone.
+One buffer D (S, 2I) first holds dh in its left half, then dGU. dX goes through one buffer in column
+parts: through the storage of the saved GU, which nothing reads any more, unless this backward may
+be run again. The gradient of A comes last, when D is gone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import experts_sums_triton as sums
+from . import graph
 from .experts_middle_triton import middle_kernel
 from .experts_plan import Plan, plan_for
 from .experts_problem import Gradients, Needs, Problem
@@ -254,8 +256,13 @@ class _Backward:
         p, run, tiles = self.p, self.run, self.plan.d_input
         out = _like(self.given.hidden)
         total = cdiv(p.width, tiles.bn)
-        blocks = self.plan.input_blocks or cdiv(total, 2)
-        buffer = run.empty(p.slots, min(blocks * tiles.bn, p.width))
+        half = cdiv(total, 2)
+        size = p.slots * min(half * tiles.bn, p.width)
+        if size <= self.gate_up.numel() and not graph.is_kept():
+            blocks, buffer = half, self.gate_up.view(-1)[:size].view(p.slots, -1)
+        else:
+            blocks = self.plan.input_blocks or half
+            buffer = run.empty(p.slots, min(blocks * tiles.bn, p.width))
         for first in range(0, total, blocks):
             count = min(blocks, total - first)
             run.product(

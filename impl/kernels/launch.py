@@ -95,11 +95,9 @@ def launch(
     options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
     if registers:
         options["maxnreg"] = registers
-    dependent = _launches_dependents(kernel)
-    if "PDL" in kernel.arg_names:
-        arguments["PDL"] = dependent
-        if dependent:
-            options["launch_pdl"] = True
+    arguments["PDL"] = _launches_dependents(kernel)
+    if arguments["PDL"]:
+        options["launch_pdl"] = True
     if _RECORDER is not None:
         _RECORDER.append(Launch(kernel, grid, arguments, options))
         return
@@ -133,7 +131,7 @@ def launch(
 
 
 _compiled: dict[tuple[object, ...], Any] = {}
-_capability: dict[int, tuple[int, int]] = {}
+_dependents: dict[int, bool] = {}
 
 
 def _launches_dependents(kernel: Any) -> bool:
@@ -142,12 +140,13 @@ def _launches_dependents(kernel: Any) -> bool:
         return False
     if DEPENDENT_LAUNCH is not None:
         return DEPENDENT_LAUNCH
-    if not torch.cuda.is_available():
-        return _RECORDER is not None
+    if _RECORDER is not None and not torch.cuda.is_available():
+        return True
     device = torch.cuda.current_device()
-    if device not in _capability:
-        _capability[device] = torch.cuda.get_device_capability(device)
-    return _capability[device] >= (9, 0)
+    found = _dependents.get(device)
+    if found is None:
+        found = _dependents[device] = torch.cuda.get_device_capability(device) >= (9, 0)
+    return found
 
 
 _CONSTANT, _PLAIN, _SPECIAL = range(3)

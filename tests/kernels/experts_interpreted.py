@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 
 from impl.kernels import experts_triton
+from impl.kernels.experts import moe_lora_experts
 from impl.kernels.experts_plan import Plan, Tiles, plan_for
 from impl.kernels.experts_problem import ExpertLora, Needs, Problem
 from impl.kernels.experts_routing_triton import route
@@ -67,6 +68,22 @@ def check_plan(case: Case, change: dict[str, object]) -> None:
         assert error < 2e-6, f"{change}: {name} is off by {error:.2e}"
 
 
+def check_reuse() -> None:
+    """GU's storage takes dX only in a backward that cannot come again; the gradients are equal."""
+    index = torch.arange(10).view(5, 2) % 3
+    weights, down = torch.rand(5, 2), torch.randn(3, 48, 40)
+    gate_up = torch.randn(3, 80, 48)
+    hidden = torch.randn(5, 48, requires_grad=True)
+    out = moe_lora_experts(hidden, index, weights, gate_up, down, act="silu", path="triton")
+    saved = next(t for t in out.grad_fn.saved_tensors if t is not None and t.shape == (10, 80))
+    before = saved.clone()
+    (first,) = torch.autograd.grad(out.sum(), hidden, retain_graph=True)
+    assert torch.equal(saved, before), "a backward that may come again overwrote GU"
+    (second,) = torch.autograd.grad(out.sum(), hidden)
+    assert not torch.equal(saved, before), "the last backward has a buffer of its own"
+    assert torch.equal(first, second)
+
+
 def main() -> None:
     """Run everything."""
     torch.manual_seed(0)
@@ -80,6 +97,7 @@ def main() -> None:
     check_plan(case, {**tiles, "rank_in_middle": False, "column_groups": 1, "middle_columns": 16})
     check_plan(case, {"column_groups": 2, "middle_columns": 16, "keep_factors": False})
     check_plan(case, {**tiles, "input_blocks": 1, "output_columns": 16})
+    check_reuse()
     print("all good")
 
 
