@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from conformance.benchmarks.runner import Records, in_fresh_process
 from conformance.case import Case, Check
 from conformance.checkpoint import checkpoint
 from conformance.implementation import load
+from conformance.paths import reference_package
 from conformance.settings import Setting
 from conformance.subject import bound
 
@@ -41,14 +43,13 @@ SETTINGS = (
 
 def measure(cell: Cell) -> Records:
     """Estimated and measured bytes of one setting."""
-    from impl.memory import estimate
-
+    memory = import_module(f"{reference_package()}.memory")
     setting = Setting.parse(cell.setting)
     case = Case(Check("B02"), cell.spec, setting)
     with bound(load(cell.provider), case, cell.device) as subject:
         plan = subject.plan()
         built = subject.impl.build(checkpoint(cell.spec), plan).to(cell.device)
-        expected = estimate(built.config, plan, 1, tokens=WIDE_TOKENS, device=cell.device)
+        expected = memory.estimate(built.config, plan, 1, tokens=WIDE_TOKENS, device=cell.device)
         model = subject.adopt(built, plan, adapters=setting.tuning != "full")
         batch = batch_of(subject, plan)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
