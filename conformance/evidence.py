@@ -57,9 +57,10 @@ def evidence(subject: Subject, whole: bool = True) -> Evidence:
     def single() -> Spread:
         return run_alone(subject, partial(spread.observe, whole=whole), options)
 
+    subject.plan()  # a refusal costs nothing
     options = oracle_options(subject)
-    many = _once((*where, case.strategy.name), spreading)
-    return Evidence(many, _once((*where, repr(options)), single))
+    one = _once((*where, repr(options)), single)  # first: the forkserver is still importing
+    return Evidence(_once((*where, case.strategy.name), spreading), one)
 
 
 def saved_adapter(subject: Subject) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:

@@ -170,6 +170,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     cases = [item.stash[CASE] for item in session.items if CASE in item.stash]
     models = [case.model.name for case in cases if case.model and case.strategy.ranks > 1]
     ranks.expect(dict.fromkeys(models))
+    # in the background from now on; the ranks' parent is a worker, where there are workers
+    parent = (
+        hasattr(session.config, "workerinput") or session.config.getoption("dist", "no") == "no"
+    )
+    if models and parent and not session.config.option.collectonly and not ranks.in_place():
+        ranks.warm()
 
 
 def _drop_empty(config: pytest.Config, items: list[pytest.Item]) -> None:

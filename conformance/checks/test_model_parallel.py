@@ -106,7 +106,7 @@ def test_context_parallel_of_images(case: Case, subject: Subject, measured: Meas
     assert_step(subject, seen, measured)
 
 
-@check("X14", needs=NEEDS, strategies=SPREAD)
+@check("F22", needs=NEEDS, strategies=SPREAD)
 def test_spreading_takes_effect(case: Case, subject: Subject, measured: Measured) -> None:
     """Each rank has the share of rows, tokens, weights and experts that its strategy promises.
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from conformance import evidence
 from conformance.case import Case
 from conformance.check import check
 from conformance.numerics import assert_close_gradients, assert_equal
@@ -94,3 +95,47 @@ def test_views_of_one_storage(case: Case, subject: Subject, measured: Measured) 
     losses[0].backward()
     assert views.weight.grad is not None
     assert_equal(case.id, "gradient through views", views.weight.grad, want, measured)
+
+
+@check(
+    "O03",
+    needs=("plan", "prepare", "loss"),
+    models=("gemma4-moe", "qwen3_next"),
+    settings=("offload", "ckpt-nonreentrant+offload-hidden_states"),
+    hardware="gpu",
+)
+def test_streams_do_not_race(case: Case, subject: Subject, measured: Measured) -> None:
+    """Ten offloaded steps beside a stream that reuses freed memory keep their gradients.
+
+    https://github.com/axolotl-ai-cloud/axolotl/pull/3833
+    """
+    batch = subject.batch()
+    want = subject.step(subject.model(offload="off", checkpointing="off"), batch)
+    model, churn = subject.model(), torch.cuda.Stream()
+    assert want.gradients, f"{case.id}: nothing trains"
+    row = tolerance("gradients/settings")
+    for number in range(10):
+        with torch.cuda.stream(churn):  # whatever was freed too early is overwritten here
+            for size in (1 << 10, 1 << 14, 1 << 18, 1 << 22):
+                torch.full((size,), float("nan"), device=subject.device)
+        got = subject.step(model, batch)
+        assert_close_gradients(
+            case.id, got.gradients, want.gradients, row, measured, f"step {number}"
+        )
+
+
+@check(
+    "O04",
+    needs=("plan", "build", "prepare", "parallelize", "loss"),
+    models=("gemma4-moe",),
+    settings=("offload", "ckpt-nonreentrant+offload-hidden_states"),
+    strategies=("ddp", "fsdp2"),
+)
+def test_offloading_on_ranks(case: Case, subject: Subject, measured: Measured) -> None:
+    """Offloading, with and without checkpoints, under DDP and FSDP2 gives one process's gradients.
+
+    https://github.com/pytorch/torchtune/issues/2683
+    """
+    seen = evidence.evidence(subject, whole=False)
+    assert seen.single.gradients, f"{case.id}: one process trains nothing"
+    evidence.assert_step(subject, seen, measured)

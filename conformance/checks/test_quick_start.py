@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
 
 from conformance import batches, captioning, processors
 from conformance.case import Case
@@ -34,6 +33,8 @@ def value(subject: Subject, name: str) -> Any:
 
 def columns(model: nn.Module, remove: bool) -> set[str]:
     """What a collator of HF Trainer is given of raw samples, under `remove_unused_columns`."""
+    from transformers import Trainer, TrainingArguments  # seconds, which collection would pay
+
     seen: set[str] = set()
 
     def collator(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -132,7 +132,6 @@ _WRAP = (
 _WRAPPED = (
     *(f"[FL]*/{model}/*/fsdp[12]" for model in _ABSENT),
     *(f"[FL]*/{model}/*/hsdp" for model in _ABSENT),
-    *(f"X14/{model}/-/{name}" for model in _ABSENT for name in ("fsdp[12]", "hsdp")),
     *(f"P17/{model}/*/fsdp[12]" for model in ("gemma4-moe", "gemma3-vlm")),
     "C14/gemma4-moe/*/hsdp",
     *(f"V10/{model}/*/fsdp2" for model in ("gemma4-[dm]*", "gemma3-vlm")),
@@ -214,7 +213,7 @@ DATA_PARALLEL = (
 )
 EXPERT_PARALLEL = (
     *_each(
-        tuple(f"{check}/gemma4-moe/*/fsdp2_ep" for check in ("F*", "L04", "C08", "P17", "X14")),
+        tuple(f"{check}/gemma4-moe/*/fsdp2_ep" for check in ("F*", "L04", "C08", "P17")),
         "L9: the expert plan also names the dense layers, which FSDP shards over the same ranks",
         f"{_TRANSFORMERS}/45621",
         (RuntimeError,),
@@ -242,7 +241,7 @@ EXPERT_PARALLEL = (
 _TENSOR = "https://github.com/huggingface/transformers/blob/main/src/transformers/distributed/"
 TENSOR_PARALLEL = (
     *_each(
-        ("[FL]*/gemma4-e[24]b/*/tp", "X14/gemma4-e[24]b/-/tp", "P17/gemma4-e2b/*/tp"),
+        ("[FL]*/gemma4-e[24]b/*/tp", "P17/gemma4-e2b/*/tp"),
         "for per-layer inputs the padding's embedding is read from the sharded table by hand, and"
         " meets plain tensors in `where`",
         f"{_TRANSFORMERS}/39648",

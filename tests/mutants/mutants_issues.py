@@ -140,3 +140,13 @@ def experts_stay_whole(patch: pytest.MonkeyPatch) -> None:
 )
 def fsdp1_is_planned_with_packed_weights(patch: pytest.MonkeyPatch) -> None:
     """Memory for gradients of packed weights."""
+
+
+@mutant(
+    "b151",
+    case="O04/gemma4-moe/offload/fsdp2",
+    issue="https://github.com/axolotl-ai-cloud/axolotl/pull/3833",
+    implementation=f"{ADAPTERS}:STALE_OFFLOAD",
+)
+def offloaded_tensors_of_ranks_are_stale(patch: pytest.MonkeyPatch) -> None:
+    """A saved tensor is another's by the time it is fetched."""

@@ -178,7 +178,7 @@ def an_adapter_of_ranks_gets_nothing(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(
     "L8",
-    case="X14/mixtral/-/fsdp2",
+    case="F22/mixtral/-/fsdp2",
     issue="live defect L8",
     implementation=f"{ADAPTERS}:REPLICATED",
 )

@@ -205,6 +205,17 @@ class EvaluatesAShare(Reference):
         return trainer
 
 
+class StaleOffload(BeforeSpreading):
+    """On ranks, a saved tensor is another's by the time it is fetched."""
+
+    def change(self, model: Any, plan: Any) -> Any:
+        from impl.activation_offload import Keeper
+
+        original = Keeper.get
+        Keeper.get = lambda self, token, device: torch.roll(original(self, token, device), 1, 0)
+        return plan
+
+
 class Rank1Differs(Reference):
     """A key that rank 1 misses is initialised anew."""
 
@@ -354,7 +365,7 @@ UNINITIALISED, NO_WINDOW, LOST_LAYER, REPLICATED = (
     LostLayer(),
     Replicated(),
 )
-TENSORS_ONLY = TensorsOnly()
+TENSORS_ONLY, STALE_OFFLOAD = TensorsOnly(), StaleOffload()
 RESUMES_ANEW, EVALUATES_A_SHARE = ResumesAnew(), EvaluatesAShare()
 RANK_1_DIFFERS, CAST_BUFFERS, LOCAL_NORM = Rank1Differs(), CastBuffers(), LocalNorm()
 SUMS_TWICE, SAVES_SHARDS, LOADS_ANEW = SumsTwice(), SavesShards(), LoadsAnew()
