@@ -165,9 +165,9 @@ def test_short_last_window(case: Case, subject: Subject, measured: Measured) -> 
     measured["backward passes"] = seen.steps[1].backwards
     assert [s.backwards for s in seen.steps] == [2, 1], f"{case.id}: windows are not 2 and 1"
     model = subject.model()
-    state = dict(model.named_parameters())
+    state = by_name(dict(model.named_parameters()))
     with torch.no_grad():
-        for name, parameter in seen.steps[0].parameters.items():
+        for name, parameter in by_name(seen.steps[0].parameters).items():
             state[name].copy_(parameter)
     plan = subject.plan(batch="text")
     for window, step in ((samples[2:], seen.steps[1]),):
