@@ -8,11 +8,16 @@ from __future__ import annotations
 import contextlib
 import os
 import pkgutil
+import re
 from importlib import import_module
 
 
 def warm_key_conversions() -> None:
-    """transformers compiles a thousand patterns of checkpoint keys on the first load."""
+    """transformers compiles a thousand patterns of checkpoint keys on the first load, and again on
+    every further one: twice as many as `re` remembers."""
+    for limit in ("_MAXCACHE", "_MAXCACHE2"):
+        if hasattr(re, limit):
+            setattr(re, limit, 1 << 14)
     with contextlib.suppress(Exception):
         import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("gemma4")
 
