@@ -45,7 +45,7 @@ FORWARD = (
         f"{_TRANSFORMERS}/45874",
     ),
     *_each(
-        ("[MX]0[17]/gemma3n/*qlora*/single",),
+        ("[MNX]0[17]/gemma3n/*qlora*/single",),
         "in training AltUp clamps `prediction_coefs.weight` in place, which 4-bit loading packed"
         " into uint8",
         "https://github.com/huggingface/transformers/blob/main/src/transformers/models/gemma3n/"
@@ -308,6 +308,7 @@ ADAPTERS = (
                 ("P0[12]", "gemma4-[dm]*e"),
                 ("P0[12]", "gemma4-e[24]b"),
                 ("P03", "gemma4-moe"),
+                ("I05", "gemma4-dense"),
             )
         ),
         "L6: PEFT finds the projection's name on the towers' Gemma4ClippableLinear, which it cannot"
@@ -339,6 +340,7 @@ ADAPTERS = (
             "P05/gemma4-e[24]b/lora*/single",
             "P05/qwen3_5/lora/single",
             "P05/qwen3_5_moe/lora[-/]*",
+            "I03/gemma4-e2b/lora/single",
         ),
         "L6: `all-linear` adapts towers that the batch does not feed; those adapters get no"
         " gradient, which ends DDP",
