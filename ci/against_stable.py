@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
         return run(["compare", str(STABLE), arguments[0]])
     print("no reports/stable.json is committed: nothing to compare with")
     try:
-        rows = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))["rows"]
+        rows = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))["results"]
         bad = [row["case_id"] for row in rows if row["verdict"] in BAD]
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"{arguments[0]}: no readable report: {error}", file=sys.stderr)

@@ -106,9 +106,9 @@ def test_without_a_stable_report_the_run_decides(
     against = script("against_stable")
     monkeypatch.setattr(against, "STABLE", tmp_path / "none.json")
     report = tmp_path / "report.json"
-    report.write_text(json.dumps({"rows": [{"case_id": "M01/a/-/single", "verdict": "passed"}]}))
+    report.write_text(json.dumps({"results": [{"case_id": "M01/a/-/single", "verdict": "passed"}]}))
     assert against.main([str(report)]) == 0
-    report.write_text(json.dumps({"rows": [{"case_id": "M01/a/-/single", "verdict": "failed"}]}))
+    report.write_text(json.dumps({"results": [{"case_id": "M01/a/-/single", "verdict": "failed"}]}))
     assert against.main([str(report)]) == 1
     assert "M01/a/-/single" in capsys.readouterr().out
     report.write_text("no report")
