@@ -35,6 +35,8 @@ class TokenWeightedTrainer(Trainer):
     def __init__(self, *args: Any, smoothing: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # of `loss`, whatever the class says (L2)
+        # transformers 5.5 tells accelerate of the accumulation, which divides the loss once more
+        self.accelerator.gradient_accumulation_steps = 1
         self.smoothing = smoothing
 
     def compute_loss(

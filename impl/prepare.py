@@ -119,7 +119,12 @@ def _set_experts(inner: Any, wanted: str, state: Prepared) -> None:
     before = getattr(text_config(inner), "_experts_implementation", None)
     if before == wanted:
         return
-    inner.set_experts_implementation(wanted)
+    try:
+        inner.set_experts_implementation(wanted)
+    except ValueError:  # transformers 5.5 knows a fixed list there; its registry has ours
+        if wanted in STOCK_EXPERTS:
+            raise
+        inner.config._experts_implementation = wanted
     now = getattr(text_config(inner), "_experts_implementation", None)
     if now != wanted:
         raise Refused(f"experts_implementation={wanted!r} did not take effect: it is {now!r}")

@@ -12,6 +12,7 @@ where FSDP2 has gathered them.
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -112,7 +113,10 @@ def enable(model: nn.Module, **options: Any) -> Enabled:
             return inner(*args, **kwargs)
         calls = enabled.calls
         with _intercepted(target, kwargs, enabled, options):
-            output = inner(*args, **kwargs)
+            if calls_loss_function(type(target)):
+                output = inner(*args, **kwargs)
+            else:
+                output = _with_loss(target, inner(*args, **_without_labels(kwargs)), kwargs)
         logits = output.get("logits")
         if isinstance(logits, _Deferred):
             if enabled.calls > calls:
@@ -123,6 +127,27 @@ def enable(model: nn.Module, **options: Any) -> Enabled:
     forward._fused_loss = True  # type: ignore[attr-defined]
     target.__dict__["forward"] = forward
     return enabled
+
+
+def calls_loss_function(cls: type[nn.Module]) -> bool:
+    """Whether a class's forward leaves its loss to `loss_function`; older multimodal ones compute
+    a mean of their own, without shifted labels and without a count."""
+    return "loss_function(" in inspect.getsource(cls.forward)
+
+
+_LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "ignore_index")
+
+
+def _without_labels(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name not in _LOSS_ARGUMENTS}
+
+
+def _with_loss(model: Any, output: Any, kwargs: dict[str, Any]) -> Any:
+    """The output of a forward without labels, and the loss that `loss_function` makes of it."""
+    given = {n: kwargs[n] for n in _LOSS_ARGUMENTS if kwargs.get(n) is not None}
+    vocab_size = model.config.get_text_config().vocab_size
+    loss = model.loss_function(logits=output["logits"], vocab_size=vocab_size, **given)
+    return type(output)(loss=loss, **{k: v for k, v in output.items() if k != "loss"})
 
 
 def _class_name(module: nn.Module) -> str:

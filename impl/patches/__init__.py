@@ -16,16 +16,22 @@ from ..training_plan import TrainingPlan
 
 # In the order of application. Adding a patch: a file here and its name in this tuple.
 NAMES: tuple[str, ...] = (
+    "shared_kv_in_cache",
+    "static_cache_without_layers",
     "reentrant_shared_kv",
     "no_auxiliary_loss",
+    "router_probabilities",
+    "router_softmax",
     "wrap_classes",
     "expert_parallel_plan",
     "packed_rows",
     "unified_image_mask",
+    "image_blocks_past_window",
     "packed_images",
     "delta_net_documents",
     "image_type_ids",
     "embeds_without_per_layer_inputs",
+    "float16_pooling",
     "token_weighted_loss",
     "clippable_linear",
     "literal_lora_targets",

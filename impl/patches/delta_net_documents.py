@@ -34,7 +34,9 @@ def _can_pass_documents(network: nn.Module) -> bool:
     """Whether keyword arguments of the network reach both functions of its modelling module."""
     functions = vars(sys.modules[type(network).__module__])
     kinds = [p.kind for p in signature(type(network).forward).parameters.values()]
-    return Parameter.VAR_KEYWORD in kinds and {_CONVOLUTION, _RULE} <= set(functions)
+    # transformers 5.12 has the names too, but may hold None, and each network keeps its own
+    held = hasattr(network, _CONVOLUTION) or not callable(functions.get(_CONVOLUTION))
+    return Parameter.VAR_KEYWORD in kinds and _RULE in functions and not held
 
 
 def _convolution(original: Callable[..., Any]) -> Callable[..., Any]:
