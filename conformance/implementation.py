@@ -45,6 +45,8 @@ class Exclusion:
 
     Every non-empty field must match: traits (the model has them all), settings (a token of the
     setting is in it), strategies (the case's is in it), checks (the check's id is in it).
+    probe: returns why the installed versions are so limited, or None where they are not; without
+    one the part is excluded everywhere. `reason` says it for the documents, the probe for a case.
     """
 
     reason: str
@@ -53,6 +55,7 @@ class Exclusion:
     strategies: frozenset[str] = frozenset()
     models: frozenset[str] = frozenset()
     checks: frozenset[str] = frozenset()
+    probe: Callable[[], str | None] | None = None
 
     def __post_init__(self) -> None:
         if not self.reason.strip():
@@ -68,6 +71,12 @@ class Exclusion:
             and (not self.models or (case.model is not None and case.model.name in self.models))
             and (not self.checks or case.check.id in self.checks)
         )
+
+    def against(self, case: Case) -> str | None:
+        """Why a case is excluded by the installed versions, or None if it is not."""
+        if not self.covers(case):
+            return None
+        return self.reason if self.probe is None else self.probe()
 
 
 @dataclass(frozen=True)
@@ -229,8 +238,9 @@ class Loaded:
             if self._probed[need]:
                 return f"{need}: {self._probed[need]}"
             for exclusion in capability.excludes:
-                if exclusion.covers(case):
-                    return f"{need}: {exclusion.reason}"
+                against = exclusion.against(case)
+                if against:
+                    return f"{need}: {against}"
         return None
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,28 @@ FSDP1_ADAPTERS = Exclusion(
 )
 
 
+def _shared_in_cache(modelling: str) -> Callable[[], str | None]:
+    """The probe of one family's keys and values, asked once."""
+    return cache(lambda: _part("patches.shared_kv_in_cache").why_not(modelling))
+
+
+SHARED_KEYS = tuple(
+    Exclusion(
+        "before huggingface/transformers#45242 keys and values are shared through the cache alone",
+        traits=frozenset({"kv_sharing"}),
+        models=frozenset(models),
+        probe=_shared_in_cache(modelling),
+    )
+    for modelling, models in (("gemma3n", ("gemma3n",)), ("gemma4", ("gemma4-e2b", "gemma4-e4b")))
+)
+STATIC_CACHE = Exclusion(
+    "before transformers 5.12 a static cache has no layers where none shares keys and values",
+    models=frozenset({"gemma4-dense", "gemma4-moe", "gemma4-text"}),
+    checks=frozenset({"A07"}),
+    probe=cache(lambda: _part("patches.static_cache_without_layers").why_not()),
+)
+
+
 class Reference:
     """`impl/` through the contract."""
 
@@ -40,7 +63,7 @@ class Reference:
     capabilities = (
         Capability("plan"),
         Capability("build"),
-        Capability("prepare"),
+        Capability("prepare", excludes=(*SHARED_KEYS, STATIC_CACHE)),
         Capability("parallelize", excludes=(FSDP1_ADAPTERS,)),
         Capability("collate"),
         Capability("chat"),

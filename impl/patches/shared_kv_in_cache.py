@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from importlib import import_module
 
 from torch import nn
 
@@ -16,13 +17,27 @@ REASON = (
     " no checkpoint has trained: logits differ by 60 to 70 %"
 )
 ISSUE = "https://github.com/huggingface/transformers/pull/45242"
+_MARK = "past_key_values.shared_layers"
+_WORDS = (
+    "this transformers shares keys and values through the cache alone, so {} computes wrong"
+    " numbers without one; it needs a release with huggingface/transformers#45242"
+)
+
+
+def why_not(modelling: str) -> str | None:
+    """Why the models of a modelling module cannot be trained here; None if they can."""
+    try:
+        module = import_module(f"transformers.models.{modelling}.modeling_{modelling}")
+    except ModuleNotFoundError:
+        return None
+    return _WORDS.format(modelling) if _MARK in inspect.getsource(module) else None
 
 
 def reads_cache_alone(attention: nn.Module) -> bool:
     """Whether an attention that consumes shared keys and values finds them in the cache only."""
     if not getattr(attention, "is_kv_shared_layer", False):
         return False
-    return "past_key_values.shared_layers" in inspect.getsource(type(attention).forward)
+    return _MARK in inspect.getsource(type(attention).forward)
 
 
 def applies_to(model: nn.Module, plan: TrainingPlan) -> bool:
@@ -32,8 +47,4 @@ def applies_to(model: nn.Module, plan: TrainingPlan) -> bool:
 
 def apply(model: nn.Module, plan: TrainingPlan) -> Callable[[], None]:
     """Refuse: a cache in training would hold every step's tensors and break recomputation."""
-    raise Refused(
-        f"this transformers shares keys and values of {type(unwrap(model)).__name__} through the"
-        " cache alone, so it computes wrong numbers without one; it needs a release with"
-        " huggingface/transformers#45242"
-    )
+    raise Refused(_WORDS.format(type(unwrap(model)).__name__))

@@ -13,16 +13,33 @@ from ..training_plan import TrainingPlan
 
 REASON = "the list of layers is cut by minus the number of shared ones, and [:-0] is empty"
 ISSUE = "https://github.com/huggingface/transformers/issues/45242"
+_WORDS = (
+    "this transformers makes a {} without layers where num_kv_shared_layers is 0; pass a"
+    " DynamicCache"
+)
+
+
+def makes_none(config: Any) -> bool:
+    """Whether a static cache of a text configuration is made without layers."""
+    from transformers import StaticCache
+
+    return not StaticCache(config=config, max_cache_len=1).layers
+
+
+def why_not() -> str | None:
+    """Why a static cache cannot be used here for a model that shares nothing; None if it can."""
+    try:
+        from transformers import Gemma4TextConfig
+    except ImportError:
+        return None
+    config = Gemma4TextConfig(num_hidden_layers=2, num_kv_shared_layers=0)
+    return _WORDS.format("StaticCache") if makes_none(config) else None
 
 
 def applies_to(model: nn.Module, plan: TrainingPlan) -> bool:
     """Whether a static cache of the model's configuration is made without layers."""
     config = text_config(model)
-    if getattr(config, "num_kv_shared_layers", None) != 0:
-        return False
-    from transformers import StaticCache
-
-    return not StaticCache(config=config, max_cache_len=1).layers
+    return getattr(config, "num_kv_shared_layers", None) == 0 and makes_none(config)
 
 
 def apply(model: nn.Module, plan: TrainingPlan) -> Callable[[], None]:
@@ -32,9 +49,6 @@ def apply(model: nn.Module, plan: TrainingPlan) -> Callable[[], None]:
         cache = kwargs.get("past_key_values")
         layers = getattr(cache, "layers", None)
         if layers == [] and getattr(cache, "layer_class_to_replicate", None) is None:
-            raise Refused(
-                f"this transformers makes a {type(cache).__name__} without layers where"
-                " num_kv_shared_layers is 0; pass a DynamicCache"
-            )
+            raise Refused(_WORDS.format(type(cache).__name__))
 
     return body(model).register_forward_pre_hook(hook, with_kwargs=True).remove
