@@ -19,7 +19,9 @@ def _towers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Pairs (vision tower, its pooler) whose pooler returns float16 as it got it."""
     for tower in unwrap(model).modules():
         pooler = getattr(tower, "pooler", None)
-        if hasattr(pooler, "root_hidden_size") and pooled_dtype(pooler) == torch.float16:
+        if not isinstance(pooler, nn.Module) or not hasattr(pooler, "root_hidden_size"):
+            continue
+        if pooled_dtype(pooler) == torch.float16:
             yield tower, pooler
 
 

@@ -77,7 +77,8 @@ def _inside_the_window(original: Callable[..., Any]) -> Callable[..., Any]:
 
         def near(batch: Any, head: Any, query: Any, key: Any) -> Tensor:
             found: Tensor = joined(batch, head, query, key)
-            return found & (key > query - config.sliding_window)
+            inside: Tensor = found & (key > query - config.sliding_window)
+            return inside
 
         return original(*args, or_mask_function=near, **kwargs)
 
@@ -91,6 +92,7 @@ def _same_block(blocks: Tensor) -> Callable[..., Tensor]:
         last = blocks.shape[-1] - 1
         mine = blocks[batch, query.clamp(max=last)]
         inside = (mine >= 0) & (query <= last) & (key <= last)
-        return inside & (mine == blocks[batch, key.clamp(max=last)])
+        shared: Tensor = inside & (mine == blocks[batch, key.clamp(max=last)])
+        return shared
 
     return same

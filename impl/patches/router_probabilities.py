@@ -32,11 +32,15 @@ def applies_to(model: nn.Module, plan: TrainingPlan) -> bool:
 
 def _recorded(model: nn.Module) -> set[type[nn.Module]]:
     """The router classes whose first output the model records as router logits."""
-    found = set()
+    found: set[type[nn.Module]] = set()
     for module in unwrap(model).modules():
         recorder = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
         target = getattr(recorder, "target_class", recorder)
-        if inspect.isclass(target) and getattr(recorder, "index", 0) == 0:
+        if (
+            inspect.isclass(target)
+            and issubclass(target, nn.Module)
+            and not getattr(recorder, "index", 0)
+        ):
             found.add(target)
     return found
 
