@@ -129,7 +129,8 @@ def enable(model: nn.Module, **options: Any) -> Enabled:
     return enabled
 
 
-def calls_loss_function(cls: type[nn.Module]) -> bool:
+@functools.cache
+def calls_loss_function(cls: Any) -> bool:
     """Whether a class's forward leaves its loss to `loss_function`; older multimodal ones compute
     a mean of their own, without shifted labels and without a count."""
     return "loss_function(" in inspect.getsource(cls.forward)
