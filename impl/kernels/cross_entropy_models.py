@@ -103,6 +103,7 @@ def enable(model: nn.Module, **options: Any) -> Enabled:
     previous = target.__dict__.get("forward")
     enabled = Enabled(target, f"{_class_name(target)}: loss from hidden states", previous)
     inner = target.forward
+    shared = calls_loss_function(type(target))
 
     @functools.wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -113,7 +114,7 @@ def enable(model: nn.Module, **options: Any) -> Enabled:
             return inner(*args, **kwargs)
         calls = enabled.calls
         with _intercepted(target, kwargs, enabled, options):
-            if calls_loss_function(type(target)):
+            if shared:
                 output = inner(*args, **kwargs)
             else:
                 output = _with_loss(target, inner(*args, **_without_labels(kwargs)), kwargs)
@@ -129,8 +130,7 @@ def enable(model: nn.Module, **options: Any) -> Enabled:
     return enabled
 
 
-@functools.cache
-def calls_loss_function(cls: Any) -> bool:
+def calls_loss_function(cls: type[nn.Module]) -> bool:
     """Whether a class's forward leaves its loss to `loss_function`; older multimodal ones compute
     a mean of their own, without shifted labels and without a count."""
     return "loss_function(" in inspect.getsource(cls.forward)
