@@ -1,3 +1,5 @@
+"""Conversations: what the oracles write by hand-written examples, and torchvision's shim."""
+
 from __future__ import annotations
 
 import sys

@@ -1,3 +1,5 @@
+"""A conversation to a sample: what the reference trains on, and how it refuses bad ones."""
+
 from __future__ import annotations
 
 from pathlib import Path
