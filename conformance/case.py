@@ -95,6 +95,7 @@ class Check:
     tier: "process", "ranks", "kernels", "vision", "training" ... becomes a marker.
     correctness: True if it judges numbers or behaviour, and so owes a mutant.
     nightly: asked in the full matrix only, being long.
+    lone_rank: every strategy on one rank, its mesh all ones, as one GPU can hold it.
     """
 
     id: str
@@ -111,6 +112,7 @@ class Check:
     hardware: str = "cpu"  # "cpu", "gpu", "gpus"
     correctness: bool = True
     nightly: bool = False
+    lone_rank: bool = False
     name: str = ""
     claim: str = ""
     motivation: str = ""

@@ -60,7 +60,7 @@ def evidence(subject: Subject, whole: bool = True) -> Evidence:
     subject.plan()  # a refusal costs nothing
     options = oracle_options(subject)
     one = _once((*where, repr(options)), single)  # first: the forkserver is still importing
-    return Evidence(_once((*where, case.strategy.name), spreading), one)
+    return Evidence(_once((*where, case.strategy), spreading), one)
 
 
 def saved_adapter(subject: Subject) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
@@ -125,7 +125,7 @@ def once(subject: Subject, fn: Callable[[Job], T]) -> list[T]:
     """As `run`, for what several checks of a case's model, setting and strategy read."""
     case = subject.case
     where = (subject.loaded.spec, subject.model_spec.name, case.setting, subject.device)
-    return _once((*where, case.strategy.name, fn), lambda: run(subject, fn))
+    return _once((*where, case.strategy, fn), lambda: run(subject, fn))
 
 
 def run_alone(
@@ -157,7 +157,7 @@ def row_of(subject: Subject, what: str = "gradients") -> Tolerance:
     if what == "gradients":
         kind["hsdp"] = "hybrid"
     row = kind.get(case.strategy.name, "data-parallel")
-    return tolerance(f"{what}/{row}", subject.model_spec.traits)
+    return tolerance(f"{what}/{row}", subject.numerics)
 
 
 def without_zeros(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> dict[str, Tensor]:

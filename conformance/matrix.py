@@ -112,6 +112,8 @@ def _cases_of_model(check: Check, model: Model, full: bool) -> list[Case]:
     strategies = [
         STRATEGIES[name] for name in check.strategies if STRATEGIES[name].applies_to(model.traits)
     ]
+    if check.lone_rank:
+        strategies = [strategy.on_one_rank() for strategy in strategies]
     if len(strategies) == 1 or len(settings) == 1 or full:
         return [Case(check, model, s, t) for t in strategies for s in settings]
     return [Case(check, model, s, t) for s, t in _spread(settings, strategies, len(check.settings))]

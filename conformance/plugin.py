@@ -133,7 +133,7 @@ def _param(case: Case, run: Run) -> Any:
     from conformance.expectation import expected
 
     marks = [getattr(pytest.mark, name) for name in case.marks]
-    if case.strategy.ranks == 1:
+    if "ranks" not in case.marks and case.strategy.ranks == 1:
         marks.append(pytest.mark.process)
     else:
         # one worker has all of a model's starts, and the one process that they are held against
@@ -242,7 +242,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
         case = pyfuncitem.stash.get(CASE, None)
         if case is None or not isinstance(error, run_of(pyfuncitem.config).loaded.refusals):
             raise error from (raised if error is not raised else None)
-        if not case.setting.tokens and case.strategy.ranks == 1:
+        if not case.setting.tokens and case.strategy.name == "single":
             raise
         _skip(pyfuncitem, "unsupported", f"refuses: {_first_line(error)}")
         raise

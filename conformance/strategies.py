@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,10 @@ class Strategy:
     def applies_to(self, traits: frozenset[str]) -> bool:
         """Whether a model with these traits can be spread so."""
         return traits >= self.traits
+
+    def on_one_rank(self) -> Strategy:
+        """The same strategy with a mesh of ones."""
+        return replace(self, ranks=1, mesh=tuple((name, 1) for name, _ in self.mesh))
 
 
 _MOE = frozenset({"moe"})

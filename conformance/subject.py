@@ -86,6 +86,11 @@ class Subject:
         assert self.case.model is not None, f"{self.case.id} has no model"
         return self.case.model
 
+    @property
+    def numerics(self) -> frozenset[str]:
+        """What chooses a tolerance row: the model's traits, and "gpu" where it runs on one."""
+        return self.model_spec.traits | ({"gpu"} if self.device == "cuda" else frozenset())
+
     def claims(self, capability: str) -> bool:
         """Whether the implementation has a capability at all."""
         return capability in self.loaded.capabilities

@@ -11,6 +11,7 @@ for.
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import tempfile
 import weakref
@@ -43,14 +44,15 @@ class Stash:
 
     def __init__(self, tensor: torch.Tensor, keeper: Keeper) -> None:
         self.device = tensor.device
+        self.shape = tensor.shape
         self.source = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
         self.keeper = keeper
         self.requires_grad = tensor.requires_grad
-        self.token: Any = keeper.put(tensor)
+        self.token: Any = keeper.put(_unexpanded(tensor))
 
     def load(self) -> torch.Tensor:
-        """The tensor on its device again: same values, shape and strides."""
-        return self.keeper.get(self.token, self.device)
+        """The tensor on its device again: same values and shape, strides by `packed_strides`."""
+        return self.keeper.get(self.token, self.device).expand(self.shape)
 
 
 class Keeper:
@@ -134,7 +136,7 @@ class DiskKeeper(Keeper):
 
     def get(self, token: Any, device: torch.device) -> torch.Tensor:
         """Read the file."""
-        return torch.load(token.path, weights_only=True).to(device)  # type: ignore[no-any-return]
+        return super().get(torch.load(token.path, weights_only=True), device)
 
     def close(self) -> None:
         """Remove the directory."""
@@ -149,14 +151,40 @@ class _File:
         weakref.finalize(self, path.unlink, missing_ok=True)
 
 
+ALIGNMENT = 16
+"""Elements: attention kernels refuse, in the backward, a mask whose rows are no longer aligned."""
+
+
+def packed_strides(tensor: torch.Tensor) -> list[int]:
+    """Strides, in elements, of a copy without the gaps of a view, in the same order of dimensions,
+    each a multiple of what its old stride was a multiple of (up to `ALIGNMENT`).
+
+    A mask of 169 columns is a view of rows padded to 176: sdpa's backward on a GPU wants the rows
+    of the copy at multiples of 8 again. Expanded dimensions (stride 0) stay so.
+    """
+    strides, reach = [0] * tensor.dim(), 1
+    for dim in sorted(range(tensor.dim()), key=lambda d: (tensor.stride(d), -d)):
+        old = tensor.stride(dim)
+        if old:
+            step = math.gcd(old, ALIGNMENT) if reach > 1 else 1
+            strides[dim] = -(-reach // step) * step
+            reach = strides[dim] * tensor.size(dim)
+    return strides
+
+
+def _unexpanded(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with one element along every expanded dimension: the rest is not copied."""
+    for dim in range(tensor.dim()):
+        if tensor.stride(dim) == 0:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
 def _like(tensor: torch.Tensor, device: torch.device | str, pinned: bool = False) -> torch.Tensor:
-    """An empty tensor of the same layout where it is dense, else contiguous: a view's gaps are not
-    copied."""
-    with torch.no_grad():
-        if not pinned:
-            return torch.empty_like(tensor, device=device, memory_format=torch.preserve_format)
-        strides = torch.empty_like(tensor, device="meta").stride()
-        return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, pin_memory=True)
+    """An empty tensor with `packed_strides`."""
+    return torch.empty_strided(
+        tensor.shape, packed_strides(tensor), dtype=tensor.dtype, device=device, pin_memory=pinned
+    )
 
 
 def _host_like(tensor: torch.Tensor, pinned: bool = True) -> torch.Tensor:
@@ -216,7 +244,7 @@ class Offloader:
         if stash is None:
             stash = self._known[key] = Stash(tensor, self.keeper)
             self.packed += 1
-            self.packed_bytes += tensor.numel() * tensor.element_size()
+            self.packed_bytes += _unexpanded(tensor).numel() * tensor.element_size()
         return stash
 
     @staticmethod

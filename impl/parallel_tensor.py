@@ -126,11 +126,14 @@ def load_sharded(
 ) -> nn.Module:
     """`model_class.from_pretrained(path)`, sharded while loading. All ranks call it.
 
-    `arguments` go to `from_pretrained` (dtype, experts_implementation, …). Refused for sizes that
-    do not divide, Unsupported where the installed transformers cannot.
+    `arguments` go to `from_pretrained` (dtype, experts_implementation, …). Refused for one rank,
+    for which transformers leaves every weight whole, and for sizes that do not divide. Unsupported
+    where the installed transformers cannot.
     """
     from transformers import AutoConfig
 
+    if max(plan.data, plan.tensor, plan.expert) == 1:
+        raise Refused(f"{plan.strategy}: one rank shards nothing; use single")
     spread = distributed_config(plan)
     config = arguments.pop("config", None) or AutoConfig.from_pretrained(path)
     check_divisible(config, plan)

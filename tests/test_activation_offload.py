@@ -4,15 +4,18 @@ refusals."""
 from __future__ import annotations
 
 import gc
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from impl import activation_offload
-from impl.activation_offload import Keeper, Offloader
+from impl.activation_offload import Keeper, Offloader, Stash, _keeper
 from impl.errors import Refused
 from tests import parallel_functions as functions
 from tests import tiny_models
@@ -196,3 +199,36 @@ def test_refusals() -> None:
         activation_offload.enable(shared, "nvme")
     plain = functions.prepared("mixtral", {"checkpointing": "reentrant"})
     activation_offload.enable(plain, "hidden_states")()
+
+
+@pytest.mark.parametrize("mode", [True, "legacy", "disk"])
+def test_rows_stay_aligned(mode: bool | str) -> None:
+    """A mask whose rows were padded comes back with rows at the same alignment, and without what
+    was expanded: sdpa's backward on a GPU refuses rows at odd multiples."""
+    padded = torch.randn(2, 1, 13, 176).transpose(0, 1)
+    mask = padded[..., :169].expand(3, 2, 13, 169)
+    offloader = Offloader(_keeper(mode))
+    back = offloader.unpack(offloader.pack(mask))
+    assert torch.equal(back, mask) and back.data_ptr() != mask.data_ptr()
+    assert back.stride() == (0, 13 * 176, 176, 1)
+    assert offloader.packed_bytes == 2 * 13 * 169 * 4
+
+
+@given(
+    shape=st.lists(st.integers(1, 20), min_size=1, max_size=4),
+    order=st.randoms(use_true_random=False),
+    gaps=st.lists(st.integers(0, 3), min_size=4, max_size=4),
+)
+@settings(derandomize=True, deadline=None, max_examples=60)
+def test_any_layout_comes_back(shape: list[int], order: random.Random, gaps: list[int]) -> None:
+    """Views in any order of dimensions and with gaps come back equal; dense ones with the same
+    strides."""
+    dims = order.sample(range(len(shape)), len(shape))
+    wide = torch.randn([size + gap for size, gap in zip(shape, gaps, strict=False)])
+    view = wide[tuple(slice(0, size) for size in shape)].permute(dims)
+    stash = Stash(view, Keeper())
+    back = stash.load()
+    assert torch.equal(back, view)
+    if not any(gaps[: len(shape)]):
+        want = [s for s, size in zip(view.stride(), view.shape, strict=True) if size > 1]
+        assert [s for s, n in zip(back.stride(), view.shape, strict=True) if n > 1] == want

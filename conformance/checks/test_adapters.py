@@ -128,10 +128,10 @@ def test_trained_head_survives(case: Case, subject: Subject, tmp_path: Any) -> N
     before = subject.eval_logits(base, batch)
     assert not torch.equal(before, want), f"{case.id}: the trained head changed nothing"
     again = subject.impl.load(base, tmp_path / "adapter")
-    limit = tolerance("logits/reloaded", subject.model_spec.traits)
+    limit = tolerance("logits/reloaded", subject.numerics)
     assert_close(case.id, "reloaded", subject.eval_logits(again, batch), want, limit, {})
     merged_model = subject.impl.merge(model)
-    limit = tolerance("logits/merged", subject.model_spec.traits)
+    limit = tolerance("logits/merged", subject.numerics)
     assert_close(case.id, "merged", subject.eval_logits(merged_model, batch), want, limit, {})
 
 
@@ -150,7 +150,7 @@ def test_merged_equals_unmerged(case: Case, subject: Subject, measured: Measured
     factors = {name: p.detach().clone() for name, p in adapters(model).items()}
     weights = dict(subject.model(tuning="full").named_parameters())
     result = subject.impl.merge(model)
-    limit = tolerance("weights/merged", subject.model_spec.traits)
+    limit = tolerance("weights/merged", subject.numerics)
     for name, weight, a, b in expected_merges(factors, weights):
         expected = merged(weight.detach(), a, b, scaling(8, 3))
         got = dict(result.named_parameters())[name]

@@ -235,7 +235,7 @@ def test_evaluation_after_training(case: Case, subject: Subject, measured: Measu
     """
     seen = evidence.evidence(subject)
     assert seen.single.evaluated != seen.single.loss, f"{case.id}: two steps changed nothing"
-    row = tolerance("loss/trained", subject.model_spec.traits)
+    row = tolerance("loss/trained", subject.numerics)
     assert_number(subject, seen.first.evaluated, seen.single.evaluated, row, measured, "loss")
 
 
@@ -329,7 +329,7 @@ def test_images_on_one_rank_only(case: Case, subject: Subject, measured: Measure
     assert [rank["images"] > 0 for rank in seen] == [True, False], (
         f"{case.id}: images on other ranks"
     )
-    row = tolerance("gradients/images on a rank", subject.model_spec.traits)
+    row = tolerance("gradients/images on a rank", subject.numerics)
     assert_parity(subject, seen[0]["gradients"], whole["gradients"], row, measured, "gradients")
 
 

@@ -208,5 +208,5 @@ def test_setting_keeps_the_gradients(case: Case, subject: Subject, measured: Mea
     )
     got = subject.step(subject.model(), batch)
     assert any(g.any() for g in plain.gradients.values()), f"{case.id}: the oracle has no gradient"
-    limit = tolerance("gradients/settings", subject.model_spec.traits)
+    limit = tolerance("gradients/settings", subject.numerics)
     assert_close_step(case.id, got, plain, limit, measured)

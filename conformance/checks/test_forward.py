@@ -182,7 +182,7 @@ def test_decoding_equals_the_forward(case: Case, subject: Subject, measured: Mea
         "logits",
         torch.cat(rows, 1),
         want,
-        tolerance("logits/decoded", subject.model_spec.traits),
+        tolerance("logits/decoded", subject.numerics),
         measured,
     )
 

@@ -85,7 +85,7 @@ def test_old_adapters_load(
     for golden in found:
         name, want = f"{golden.made_by}/{golden.folder.name}", golden.expected
         base = logits_of(subject, stock, golden)
-        limit = tolerance("logits/golden")
+        limit = tolerance("logits/golden", subject.numerics)
         assert_close(case.id, f"{name} base", base, want["base"], limit, measured)
         assert_differs(case.id, f"{name} stored", want["logits"], want["base"], {})
         model = loaded(subject, golden)
@@ -167,4 +167,11 @@ def test_every_layout_of_keys_loads(case: Case, subject: Subject, measured: Meas
         assert not lost, f"{case.id}: {golden.folder.name}: {lost[:1]}"
         got, want = logits_of(subject, model, golden), golden.expected["logits"]
         assert want.std() > 0, f"{case.id}: {golden.folder.name}: constant logits"
-        assert_close(case.id, golden.folder.name, got, want, tolerance("logits/golden"), measured)
+        assert_close(
+            case.id,
+            golden.folder.name,
+            got,
+            want,
+            tolerance("logits/golden", subject.numerics),
+            measured,
+        )

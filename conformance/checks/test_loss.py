@@ -135,7 +135,7 @@ def test_accumulation_equals_one_batch(case: Case, subject: Subject, measured: M
     one = fitted(subject, samples, steps=1, batch_size=4)
     four = fitted(subject, samples, steps=1, batch_size=1, accumulation=4)
     assert (one.last.backwards, four.last.backwards) == (1, 4), f"{case.id}: {four.last.backwards}"
-    row = tolerance("gradients/float64")
+    row = tolerance("gradients/float64", subject.numerics)
     assert_close_gradients(case.id, four.last.gradients, one.last.gradients, row, measured)
     errors = {
         name: error_of(p, one.last.parameters[name]).frobenius
@@ -173,7 +173,7 @@ def test_short_last_window(case: Case, subject: Subject, measured: Measured) -> 
     for window, step in ((samples[2:], seen.steps[1]),):
         batch = subject.to(subject.collate(window, plan), "float64")
         want = subject.step(model, batch, labelled(batch))
-        row = tolerance("gradients/float64")
+        row = tolerance("gradients/float64", subject.numerics)
         got, truth = by_name(step.gradients), by_name(want.gradients)
         assert_close_gradients(case.id, got, truth, row, measured)
 
@@ -244,4 +244,6 @@ def test_label_smoothing(case: Case, subject: Subject, measured: Measured) -> No
     assert measured["effect"] > 0.01, f"{case.id}: smoothing does not matter here"
     logits.backward(smooth.gradient.to(logits.dtype))
     got, want = by_name(seen.last.gradients), by_name(gradients(model))
-    assert_close_gradients(case.id, got, want, tolerance("gradients/float64"), measured)
+    assert_close_gradients(
+        case.id, got, want, tolerance("gradients/float64", subject.numerics), measured
+    )

@@ -44,7 +44,7 @@ def test_loss_curve(case: Case, subject: Subject, measured: Measured) -> None:
     errors = [abs(a - b) for a, b in zip(got, golden, strict=True)]
     measured["max Δ"], measured["mean Δ"] = max(errors), sum(errors) / len(errors)
     for name in ("max Δ", "mean Δ"):
-        limit = tolerance(f"curve/{name}", subject.model_spec.traits)
+        limit = tolerance(f"curve/{name}", subject.numerics)
         assert measured[name] <= limit.limit, (
             f"{case.id}: {name} {measured[name]:.3g} from the golden curve, tolerance "
             f"{limit.limit:g} ({limit.name}, noise {limit.observed:g}); losses {got}"

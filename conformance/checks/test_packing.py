@@ -65,7 +65,7 @@ def test_packed_equals_separate(case: Case, subject: Subject, measured: Measured
     counts = [labelled(part) for part in parts]
     assert len(set(counts)) > 1, f"{case.id}: equal label counts {counts} hide the weighting"
     want = accumulated(subject, subject.model(), parts, n)
-    row = tolerance("gradients/accumulated", subject.model_spec.traits)
+    row = tolerance("gradients/accumulated", subject.numerics)
     assert_close_step(case.id, subject.step(subject.model(), whole, n), want, row, measured)
     model = subject.model()
     logits = torch.cat([subject.eval_logits(model, part) for part in parts], dim=1)
@@ -86,7 +86,7 @@ def test_documents_of_any_length(case: Case, subject: Subject, measured: Measure
     https://github.com/huggingface/transformers/pull/31629
     """
     model = subject.model()
-    row = tolerance("gradients/accumulated", subject.model_spec.traits)
+    row = tolerance("gradients/accumulated", subject.numerics)
     text = subject.samples("packed", count=1)[0]["input_ids"]
     counts = []
 
@@ -171,7 +171,7 @@ def test_recurrent_layers_isolate_or_raise(
     n = sum(labelled(part) for part in parts)
     want = accumulated(subject, subject.model(), parts, n)
     got = subject.step(subject.model(), found[0], n)
-    row = tolerance("gradients/accumulated", subject.model_spec.traits)
+    row = tolerance("gradients/accumulated", subject.numerics)
     assert_close_step(case.id, got, want, row, measured)
     other = [changed_sample(samples[0]), samples[1]]
     apart = accumulated(subject, subject.model(), alone(subject, other), n)
@@ -207,7 +207,7 @@ def test_all_ones_mask_is_no_mask(case: Case, subject: Subject, measured: Measur
     if declined(subject, lambda: _loss_with(subject, batch, ones), measured):
         return
     got = subject.step(subject.model(), {**batch, "attention_mask": ones})
-    row = tolerance("gradients/accumulated", subject.model_spec.traits)
+    row = tolerance("gradients/accumulated", subject.numerics)
     assert_close_step(case.id, got, want, row, measured)
 
 
@@ -295,6 +295,6 @@ def test_packed_images_restart(case: Case, subject: Subject, measured: Measured)
     n = sum(labelled(part) for part in parts)
     want = accumulated(subject, subject.model(), parts, n)
     got = subject.step(subject.model(), whole, n)
-    row = tolerance("gradients/accumulated", subject.model_spec.traits)
+    row = tolerance("gradients/accumulated", subject.numerics)
     assert_close_step(case.id, got, want, row, measured)
     assert_reach(case, subject.model(), whole, measured, ("sliding_attention", "full_attention"))

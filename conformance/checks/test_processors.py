@@ -152,7 +152,7 @@ def test_a_dummy_picture_leaves_the_loss(
     model = here.model(plan=plan)
     want, got = here.step(model, alone), here.step(model, both)
     got = replace(got, gradients={k: got.gradients[k] for k in want.gradients})
-    limit = tolerance("gradients/accumulated", subject.model_spec.traits)
+    limit = tolerance("gradients/accumulated", subject.numerics)
     assert_close_step(case.id, got, want, limit, measured)
 
 
@@ -211,7 +211,7 @@ def test_rows_are_what_they_are_alone(
     lengths = [len(chat(here, name, [row])["input_ids"][0]) for row in rows]
     assert len(set(lengths)) == 3, f"{case.id}: the rows have lengths {lengths}"
     assert_differs(case.id, "rows", whole[0, : lengths[1]], whole[1, : lengths[1]], {})
-    limit = tolerance("logits/padded", subject.model_spec.traits)
+    limit = tolerance("logits/padded", subject.numerics)
     for row, length in enumerate(lengths):
         alone = here.eval_logits(model, chat(here, name, [rows[row]]))[0]
         assert_close(case.id, f"row {row}", whole[row, :length], alone, limit, measured)

@@ -74,9 +74,10 @@ def test_pictures_are_not_packed(case: Case, subject: Subject, measured: Measure
     """
     stock = subject.stock("float32")
     samples = captioning.task(subject.model_spec, 2).train
-    alone = subject.eval_logits(stock, batches.stack(samples[1:]))[0]
+    alone = subject.eval_logits(stock, subject.to(batches.stack(samples[1:]), "float32"))[0]
+    together = subject.to(batches.pack(samples), "float32")
     try:
-        packed = subject.eval_logits(stock, batches.pack(samples))[0, len(samples[0]["labels"]) :]
+        packed = subject.eval_logits(stock, together)[0, len(samples[0]["labels"]) :]
         measured["logits"] = relative_error(packed, alone).frobenius
     except (ValueError, RuntimeError, IndexError):
         measured["logits"] = 1.0  # the stock class does not even run
@@ -129,7 +130,9 @@ def test_the_processor_is_named(case: Case, subject: Subject, measured: Measured
     """
     stock = subject.stock("float32")
     rows = captioning.task(subject.model_spec, 2).train
-    first, second = batches.stack(rows[:1]), batches.stack(captioning.swapped(rows)[:1])
+    first, second = (
+        subject.to(batches.stack(r[:1]), "float32") for r in (rows, captioning.swapped(rows))
+    )
     pixels = {"pixel_values", "image_position_ids", "image_grid_thw"}
     seen = (subject.eval_logits(stock, first) - subject.eval_logits(stock, second)).abs().max()
     measured["moved by the picture"] = float(seen)
@@ -161,7 +164,7 @@ def test_adapting_every_linear_layer_is_wrong(
         subject.stock("float32"), LoraConfig(r=2, target_modules="all-linear")
     )
     subject.plan()
-    batch = batches.stack(batches.samples(subject.model_spec, "text"))
+    batch = subject.to(batches.stack(batches.samples(subject.model_spec, "text")), "float32")
     model.eval()  # transformers 5.5 trains no text without type ids; nothing drops out here
     model(**batch, use_cache=False).loss.backward()
     lora = {n: p for n, p in model.named_parameters() if "lora_" in n}

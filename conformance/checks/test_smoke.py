@@ -43,7 +43,9 @@ def test_build_loads_the_checkpoint(case: Case, subject: Subject) -> None:
     assert isinstance(model, torch.nn.Module), f"{case.id}: build() returned {type(model)}"
     stock = dict(subject.stock("float32").named_parameters())
     name, parameter = next(iter(model.named_parameters()))
-    assert torch.equal(parameter, stock[name]), f"{case.id}: {name} is not what the file holds"
+    assert torch.equal(parameter.cpu(), stock[name].cpu()), (
+        f"{case.id}: {name} is not what the file holds"
+    )
 
 
 @check("H03", needs=("plan", "prepare"), settings=("lora",), **SANE)

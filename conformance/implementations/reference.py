@@ -137,7 +137,7 @@ class Reference:
         """The adapter, or the model."""
         import torch.distributed as dist
 
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if dist.is_available() and dist.is_initialized():
             _part("parallel").save_spread(model, path)
         else:
             _part("checkpoints").save(model, path)

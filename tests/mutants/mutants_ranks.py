@@ -386,3 +386,14 @@ def views_are_taken_for_their_base(patch: pytest.MonkeyPatch) -> None:
         return pack
 
     around(patch, "impl.activation_offload:Offloader.pack", make)
+
+
+@mutant(
+    "save-at-world-size-1",
+    case="F25/gemma4-moe/lora/fsdp2",
+    issue="found here: saving took one rank for one process, and PEFT asked a DTensor's address",
+    implementation=f"{ADAPTERS}:SAVES_ALONE",
+    crash=(RankFailed, RuntimeError),
+)
+def one_rank_saves_as_one_process(patch: pytest.MonkeyPatch) -> None:
+    """Attempted to access the data pointer on an invalid python storage."""

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from conformance.implementations.reference import Reference
+from impl import checkpoints
 
 IGNORE = -100
 
@@ -285,6 +286,13 @@ class SavesShards(Reference):
             model.save_pretrained(str(path), state_dict=state, save_embedding_layers=False)
 
 
+class SavesAlone(Reference):
+    """One rank writes as a process without ranks does."""
+
+    def save(self, model: Any, path: Path) -> None:
+        checkpoints.save(model, path)
+
+
 class LoadsAnew(Reference):
     """What is resumed starts from fresh adapters."""
 
@@ -365,7 +373,7 @@ UNINITIALISED, NO_WINDOW, LOST_LAYER, REPLICATED = (
     LostLayer(),
     Replicated(),
 )
-TENSORS_ONLY, STALE_OFFLOAD = TensorsOnly(), StaleOffload()
+TENSORS_ONLY, STALE_OFFLOAD, SAVES_ALONE = TensorsOnly(), StaleOffload(), SavesAlone()
 RESUMES_ANEW, EVALUATES_A_SHARE = ResumesAnew(), EvaluatesAShare()
 RANK_1_DIFFERS, CAST_BUFFERS, LOCAL_NORM = Rank1Differs(), CastBuffers(), LocalNorm()
 SUMS_TWICE, SAVES_SHARDS, LOADS_ANEW = SumsTwice(), SavesShards(), LoadsAnew()
