@@ -18,7 +18,7 @@ Measured = dict[str, float]
     "F25",
     needs=("plan", "build", "prepare", "parallelize", "loss"),
     models=("gemma4-moe",),
-    settings=("-", "lora"),
+    settings=("-", "lora+offload"),
     strategies=("ddp", "fsdp1", "fsdp2", "hsdp", "tp", "cp"),
     marks=("ranks",),
     lone_rank=True,

@@ -143,7 +143,7 @@ def test_accumulation_equals_one_batch(case: Case, subject: Subject, measured: M
     }
     name, value = worst(errors)
     measured["parameters"] = value
-    limit = tolerance("parameters/one step in float64")
+    limit = tolerance("parameters/one step in float64", subject.numerics)
     assert value <= limit.limit, (
         f"{case.id}: after the step {name} is off by {value:.3g}, tolerance {limit.limit:g}"
     )

@@ -97,8 +97,9 @@ def attend_by(model: torch.nn.Module, name: str) -> None:
     has = {part: name for part, config in parts.items() if config and part != "audio_config"}
     tower = parts.get("vision_config")
     if name == "flex_attention" and tower and "vision_config" in has:
-        heads = getattr(tower, "num_attention_heads", None) or tower.num_heads
-        if tower.hidden_size // heads < FLEX_WIDTH:
+        named = [getattr(tower, name, None) for name in ("num_attention_heads", "num_heads")]
+        heads = next(filter(None, named), None)  # gemma4-unified's tower has none
+        if heads and tower.hidden_size // heads < FLEX_WIDTH:
             has["vision_config"] = "sdpa"
     inner.set_attn_implementation(has or name)
     assert text_config(model)._attn_implementation == name

@@ -16,7 +16,7 @@ from conformance.observe import observe
 from conformance.subject import Subject
 
 Measured = dict[str, float]
-BATCH, STEPS, RATE = 16, 50, 1e-2
+BATCH, STEPS, RATE = 16, 50, 7e-3
 LORA = ("lora+images",)
 EXPERTS = ("lora-experts+images+kernels",)
 

@@ -152,7 +152,8 @@ def test_bidirectional_where_documented(case: Case, subject: Subject, measured: 
     reached = relative_error(moved[row, span[0]], plain[row, span[0]]).frobenius
     measured["earlier token moved by"] = reached
     expected = "bidirectional_images" in subject.model_spec.traits
-    noise = tolerance("logits/regrouped" if "moe" in subject.model_spec.traits else "exact")
+    kind = "logits/regrouped" if "moe" in subject.numerics else "exact"
+    noise = tolerance(kind, subject.numerics)
     assert (reached > noise.limit) == expected, (
         f"{case.id}: the earlier token moved by {reached:.3g}; bidirectional is {expected}"
     )

@@ -390,7 +390,7 @@ def views_are_taken_for_their_base(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(
     "save-at-world-size-1",
-    case="F25/gemma4-moe/lora/fsdp2",
+    case="F25/gemma4-moe/lora+offload/fsdp2",
     issue="found here: saving took one rank for one process, and PEFT asked a DTensor's address",
     implementation=f"{ADAPTERS}:SAVES_ALONE",
     crash=(RankFailed, RuntimeError),
