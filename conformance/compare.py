@@ -7,7 +7,7 @@ into one is a break, named with its issue.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from conformance.annotations import ExpectedChange
@@ -122,6 +122,9 @@ def compare(
         if suites_differ and check in retired | added:
             continue
         section, change = _difference(case_id, old.get(case_id), new.get(case_id))
+        if section == "gone" and change.before in WORKS and after.uncollected:
+            lost = f"not collected: {'; '.join(after.uncollected)}"
+            section, change = "broken", replace(change, text=lost)
         if section:
             found[section].append(change)
     found["drift"] += drifts(old, new)
@@ -162,6 +165,8 @@ def _notes(before: Report, after: Report) -> list[str]:
         old, new = ask(before), ask(after)
         if old != new:
             notes.append(f"different {what}: {_words(old)} → {_words(new)}")
+    for which, report in (("first", before), ("second", after)):
+        notes += [f"the {which} run could not import {text}" for text in report.uncollected]
     return notes
 
 

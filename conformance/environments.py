@@ -15,7 +15,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distributions, requires, version
 from pathlib import Path
@@ -25,9 +26,10 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from conformance.errors import InputError
-from conformance.report import PACKAGES, one_line
+from conformance.report import PACKAGES, one_line, write_atomically
 
 Pins = dict[str, str]  # canonical name -> exact version
+BUILDING = ".building-"  # then the builder's process id
 STACK = (*PACKAGES, "finetune-conformance")
 
 
@@ -81,6 +83,15 @@ def cache_root() -> Path:
     return Path(base) / "finetune-conformance"
 
 
+@contextmanager
+def on_disk(what: str) -> Iterator[None]:
+    """A place that cannot be written (full, read-only) is one line."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(one_line(f"{what}: {error.strerror or error}")) from error
+
+
 def parse_pins(texts: Sequence[str], option: str) -> Pins:
     """Exact versions from `"transformers==5.17.0 peft==0.20.0"` or several such texts.
 
@@ -131,25 +142,47 @@ def complete(pins: Pins, other: Pins) -> Pins:
     return found
 
 
-def resolve(pins: Pins) -> Pins:
+def resolve(pins: Pins, root: Path | None = None) -> Pins:
     """What must differ from the active environment so that the pins hold: the pins themselves and
     the dependencies that the installed versions do not satisfy.
 
-    Asks the package index, installs nothing. Raises InputError: unknown name, no such version,
-    conflict.
+    Asks the package index, installs nothing. What it answered is kept for the active environment as
+    it is, so that a judgement repeated is the same one and needs no index. Raises InputError:
+    unknown name, no such version, conflict.
     """
     wanted = [f"{name}=={number}" for name, number in sorted(pins.items())]
+    active = [f"{name}=={number}" for name, number in sorted(active_versions().items())]
+    facts = digest("\n".join([sys.version, *active, "->", *wanted]))
+    kept = (root or cache_root()) / "resolutions" / f"{facts}.json"
+    layer = _kept(kept)
+    if layer is None:
+        layer = _ask_index(wanted)
+        _refuse_conflicts(layer)
+        with on_disk(str(kept.parent)):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(kept, json.dumps(layer, sort_keys=True))
+    return layer
+
+
+def _kept(path: Path) -> Pins | None:
+    """An answer of before, if there is one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _ask_index(wanted: Sequence[str]) -> Pins:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "report.json"
         result = _pip("install", "--dry-run", "--quiet", "--report", str(out), *wanted)
         if result.returncode or not out.exists():
             raise InputError(explain_pip(result.stderr, wanted))
         entries = json.loads(out.read_text(encoding="utf-8"))["install"]
-    layer: Pins = {
+    return {
         str(canonicalize_name(e["metadata"]["name"])): e["metadata"]["version"] for e in entries
     }
-    _refuse_conflicts(layer)
-    return layer
 
 
 def _pip(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -217,20 +250,42 @@ def build_layer(pins: Pins, root: Path | None = None) -> Environment:
     home = (root or cache_root()) / "layers"
     final = home / digest("\n".join([sys.version, *wanted]))
     if not (final / "layer.json").exists():
-        home.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=home, prefix=".building-"))
+        with on_disk(str(home)):
+            home.mkdir(parents=True, exist_ok=True)
+            _sweep(home)
+            scratch = Path(tempfile.mkdtemp(dir=home, prefix=f"{BUILDING}{os.getpid()}-"))
         try:
             result = _pip("install", "--quiet", "--no-deps", "--no-compile", "--target",
                           str(scratch), *wanted)  # fmt: skip
             if result.returncode:
                 raise InputError(explain_pip(result.stderr, wanted))
-            (scratch / "layer.json").write_text(json.dumps(pins, sort_keys=True), encoding="utf-8")
+            with on_disk(str(home)):
+                (scratch / "layer.json").write_text(json.dumps(pins, sort_keys=True))
             _verify(Environment(sys.executable, scratch, {}), pins)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(scratch, final)
+            with on_disk(str(home)):
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(scratch, final)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return Environment(sys.executable, final, {**active_versions(), **pins})
+
+
+def _sweep(home: Path) -> None:
+    """Remove half-made layers of processes that were killed."""
+    for path in home.glob(f"{BUILDING}*"):
+        owner = path.name.removeprefix(BUILDING).partition("-")[0]
+        if not owner.isdigit() or not _alive(int(owner)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # somebody else's
+    return True
 
 
 _VERIFY = """
@@ -268,11 +323,12 @@ def build_full(pins: Pins, root: Path | None = None) -> Environment:
     if not (final / "complete").exists():
         shutil.rmtree(final, ignore_errors=True)
         try:
-            _make_full(final, python, wanted)
+            with on_disk(str(final)):
+                _make_full(final, python, wanted)
+                (final / "complete").touch()
         except BaseException:
             shutil.rmtree(final, ignore_errors=True)
             raise
-        (final / "complete").touch()
     return Environment(str(python), None, versions)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     from conformance.report import Report
 
 
+CRASHED = "???"  # xdist's name for the phase in which a worker died
+IN_BRACKETS = re.compile(r"\[([^\[\]/]+(?:/[^\[\]/@]+){3})(?:@[^\]]*)?\]$")
+
+
 class Recorder:
     """Collects rows where the reports arrive: the only process, or xdist's controller."""
 
@@ -21,6 +26,7 @@ class Recorder:
         self.run = run
         self.rows: dict[str, dict[str, Any]] = {}
         self.stale: str | None = None
+        self.uncollected: dict[str, str] = {}
         from conformance.report import now
 
         self.started = now()
@@ -29,6 +35,8 @@ class Recorder:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Fold one phase of a case into its row."""
         properties = dict(report.user_properties)
+        if report.when == CRASHED:
+            properties = _crash(report)
         case_id = properties.get("case_id")
         if not isinstance(case_id, str):
             return
@@ -49,11 +57,6 @@ class Recorder:
 
         run = self.config.stash.get(self.run, None)
         device = self.config.getoption("device")
-        selection = " ".join(
-            f"-{flag} {text!r}"
-            for flag, name in (("m", "markexpr"), ("k", "keyword"))
-            if (text := self.config.getoption(name, ""))
-        )
         return Report(
             implementation=run.loaded.name if run else self.config.getoption("impl"),
             rows=tuple(Row(**row) for row in self.rows.values()),
@@ -61,11 +64,20 @@ class Recorder:
             hardware=hardware(device, _device_name(device)),
             matrix=self.config.getoption("matrix"),
             started=self.started,
-            selection=selection,
+            selection=selection(self.config),
             wall_s=time.monotonic() - self.clock,
             exit=status,
             checks=run.checks if run else {},
+            uncollected=tuple(sorted(self.uncollected.values())),
         )
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """A module of checks that cannot be imported: its cases are lost, not absent."""
+        if report.failed and "checks" in report.nodeid:
+            lines = [line for line in str(report.longrepr).splitlines() if line.strip()]
+            said = next((line[1:] for line in lines[::-1] if line.startswith("E ")), lines[-1])
+            name = report.nodeid.rpartition("/")[2]
+            self.uncollected[report.nodeid] = f"{name}: {said.strip()}"
 
     def pytest_testnodedown(self, node: Any) -> None:
         """A worker's stale expectations are the run's."""
@@ -92,6 +104,24 @@ class Recorder:
             terminalreporter.section("conformance")
             for line in matrix_lines(self.report(0)):
                 terminalreporter.write_line(line)
+
+
+def selection(config: pytest.Config) -> str:
+    """What narrows a run to a part of its matrix: two runs compare if it is the same."""
+    flags = (("-m", "markexpr"), ("-k", "keyword"), ("--shard", "shard"))
+    found = [f"{flag} {text!r}" for flag, name in flags if (text := config.getoption(name, ""))]
+    for flag, name in (("--case", "case"), ("--deselect", "deselect")):
+        found += [f"{flag} {text!r}" for text in config.getoption(name, None) or ()]
+    names = [re.split(r"[/\\]", argument)[-1] for argument in config.args]
+    return " ".join([*found, *(name for name in names if "test_" in name)])
+
+
+def _crash(report: pytest.TestReport) -> dict[str, Any]:
+    """What is known of a case whose worker died: its id, which pytest made the item's."""
+    found = IN_BRACKETS.search(report.nodeid)
+    if found is None or "checks/" not in report.nodeid:
+        return {}
+    return {"case_id": found[1], "message": str(report.longrepr), "exception": "worker crashed"}
 
 
 def _device_name(device: str) -> str:

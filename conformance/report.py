@@ -145,8 +145,9 @@ class Bench:
 
 @dataclass(frozen=True)
 class Report:
-    """One run: who was judged, where, and every case. `selection` is the `-m`/`-k` expression;
-    `checks` maps a check id to (claim, motivation)."""
+    """One run: who was judged, where, and every case. `selection` is what narrowed it (`-m`, `-k`,
+    `--case`, single modules); `checks` maps a check id to (claim, motivation); `uncollected` says
+    which modules of checks could not be imported, and why."""
 
     implementation: str
     rows: tuple[Row, ...] = ()
@@ -160,10 +161,11 @@ class Report:
     exit: int = 0
     bench: tuple[Bench, ...] = ()
     checks: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    uncollected: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("implementation", "suite_version", "versions", "hardware", "matrix", "started",
-                     "selection", "checks"):  # fmt: skip
+                     "selection", "checks", "uncollected"):  # fmt: skip
             object.__setattr__(self, name, _cleaned(getattr(self, name)))
 
     @property
@@ -281,6 +283,8 @@ def to_json(report: Report) -> dict[str, Any]:
         "results": [_row_to_json(row) for row in rows],
         "footer": {"counts": report.counts, "wall_s": report.wall_s, "exit": report.exit},
     }
+    if report.uncollected:
+        data["footer"]["uncollected"] = list(report.uncollected)
     if report.checks:
         data["checks"] = {
             name: {"claim": claim, "motivation": motivation}
@@ -362,6 +366,7 @@ def from_json(data: Any, source: str = "report") -> Report:
         rows=tuple(_row_from_json(row) for row in data["results"]),
         wall_s=float(data["footer"]["wall_s"]),
         exit=int(data["footer"]["exit"]),
+        uncollected=tuple(data["footer"].get("uncollected", ())),
         bench=tuple(_bench_from_json(entry) for entry in data.get("bench", ())),
         checks={
             name: (entry["claim"], entry["motivation"])

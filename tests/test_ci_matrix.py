@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,19 +101,86 @@ def test_tox_has_its_environments() -> None:
         assert "against_stable.py" in commands or commands == "{[testenv]commands}"
 
 
+def small(verdicts: dict[str, str], **rest: Any) -> Any:
+    """A report of a few cases."""
+    from conformance.report import Report, Row, hardware, now, versions
+
+    rows = tuple(Row(f"{name}/a/-/single", verdict) for name, verdict in verdicts.items())
+    facts = {"versions": versions(), "hardware": hardware(), "started": now(), **rest}
+    return Report(**{"implementation": "reference", "rows": rows, **facts})
+
+
+@pytest.fixture
+def against(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`against_stable` with a stable report of three passing cases."""
+    from conformance.report import write
+
+    module = script("against_stable")
+    stable = tmp_path / "stable.json"
+    write(small({"M01": "passed", "M02": "passed", "M03": "passed"}), stable)
+    monkeypatch.setattr(module, "STABLE", stable)
+    return module
+
+
+@pytest.mark.parametrize("absent", ["no stable report", "of another implementation"])
 def test_without_a_stable_report_the_run_decides(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    absent: str, against: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    against = script("against_stable")
-    monkeypatch.setattr(against, "STABLE", tmp_path / "none.json")
-    report = tmp_path / "report.json"
-    report.write_text(json.dumps({"results": [{"case_id": "M01/a/-/single", "verdict": "passed"}]}))
-    assert against.main([str(report)]) == 0
-    report.write_text(json.dumps({"results": [{"case_id": "M01/a/-/single", "verdict": "failed"}]}))
-    assert against.main([str(report)]) == 1
-    assert "M01/a/-/single" in capsys.readouterr().out
-    report.write_text("no report")
-    assert against.main([str(report)]) == 2
+    name = "reference"
+    if absent == "no stable report":
+        monkeypatch.setattr(against, "STABLE", tmp_path / "none.json")
+    else:
+        name = "transformers"
+    assert against.against(small({"M01": "passed"}, implementation=name))[1] == 0
+    text, status = against.against(small({"M01": "failed"}, implementation=name))
+    assert status == 1 and "failed: M01/a/-/single" in text
+
+
+def test_a_narrowed_run_does_not_call_the_rest_gone(against: Any) -> None:
+    text, status = against.against(small({"M01": "passed"}, selection="-m 'smoke'"))
+    assert status == 0 and "gone" not in text and "1 of its 3 cases" in text
+    text, status = against.against(small({"M01": "failed"}, selection="-m 'smoke'"))
+    assert status == 1 and "1 broken" in text
+
+
+def test_a_whole_run_that_lost_cases_says_so(against: Any) -> None:
+    found = small({"M01": "passed"})
+    text, status = against.against(found)
+    assert status == 0 and "2 gone" in text
+    text, status = against.against(replace(found, uncollected=("test_x.py: ImportError",)))
+    assert status == 1 and "2 broken" in text and "test_x.py: ImportError" in text
+
+
+def test_what_cannot_be_compared_is_one_line_and_status_two(
+    against: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "report.json"
+    path.write_text("no report")
+    assert against.main([str(path)]) == 2
+    assert against.main([]) == 2
+    assert all(line for line in capsys.readouterr().err.splitlines())
+
+
+@pytest.mark.parametrize("uv", ["/bin/uv", None])
+def test_the_newest_of_one_package_moves_nothing_else(
+    uv: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newest = script("newest")
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, "1.0", "")
+
+    monkeypatch.setattr(newest.shutil, "which", lambda name: uv)
+    monkeypatch.setattr(newest.subprocess, "run", run)
+    assert newest.main(["peft"]) == 0
+    if uv:
+        assert commands[0][-3:] == ["--upgrade-package", "peft", "peft"]
+        assert "--upgrade" not in commands[0]
+    else:
+        assert commands[0][-2:] == ["--upgrade", "peft"]
+    assert newest.main(["peft; true"]) == 2
 
 
 def test_shards_are_joined(tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ def judged(tmp_path: Path, **options: object) -> tuple[upgrade.Upgrade, list[str
 def test_an_upgrade_runs_both_sides_compares_and_attributes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upgrade, "resolve", dict)
+    monkeypatch.setattr(upgrade, "resolve", lambda pins, root: dict(pins))
     found = judged(tmp_path, keep=tmp_path / "kept")[0].judge()
     assert found.exit == 1
     assert found.attribution == {"A01/m/-/single": "demo 1 → 2"}
@@ -214,7 +214,7 @@ def test_an_upgrade_runs_both_sides_compares_and_attributes(
 
 
 def test_what_fixed_a_case_is_said_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upgrade, "resolve", dict)
+    monkeypatch.setattr(upgrade, "resolve", lambda pins, root: dict(pins))
     judge, _ = judged(tmp_path)
     judge.request = replace(judge.request, before=("demo==2",), after=("demo==1",))
     found = judge.judge()
@@ -224,7 +224,7 @@ def test_what_fixed_a_case_is_said_too(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_second_judgement_comes_from_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upgrade, "resolve", dict)
+    monkeypatch.setattr(upgrade, "resolve", lambda pins, root: dict(pins))
     first = judged(tmp_path)[0].judge()
     judge, _ = judged(tmp_path)
     for number in ("1", "2"):
