@@ -25,6 +25,7 @@ MEMORY_GREW = 1.05
 SECONDS_GREW, SECONDS_FLOOR = 1.5, 0.5
 BENCH_GREW = 1.10  # of the ratio to a peer of the same run
 TIME_SUFFIXES = ("_s",)
+MEMORY_UNITS = ("bytes", "MiB", "GiB")
 MEMORY_SUFFIXES = ("_bytes", "_mib")
 
 
@@ -148,7 +149,7 @@ def bench_drifts(before: Report, after: Report) -> list[Change]:
         if how != how_now or (how == "" and not same_machine) or was <= 0 or now <= 0:
             continue
         worse = was / now if key[3].endswith("_per_s") else now / was
-        limit = MEMORY_GREW if "memory" in key[3] or "mem" in key[3] else BENCH_GREW
+        limit = MEMORY_GREW if new[key].unit in MEMORY_UNITS else BENCH_GREW
         if worse > limit and not _overlap(old[key], new[key], how):
             kernel, provider, mode, metric, x_name, x = key
             text = f"{metric} {how or new[key].unit} {was:.3g} → {now:.3g} at {x_name} {x:g}"

@@ -5,7 +5,9 @@
     pytest conformance/benchmarks/bench_step.py -m bench
 
 A bench file is no test file (`python_files` is `test_*`), so it runs only where it is named, as
-above; it never asserts a figure. B01, B02, B05–B07 of the catalogue. A cell (model × setting ×
+above; it never asserts a figure. B01, B02, B05–B07 of the catalogue; B06 is the suite's own: what
+importing its plugin and collecting its cases cost. `conformance.benchmarks.publish` makes a report
+of the records, which `conformance compare` takes. A cell (model × setting ×
 provider) is a fresh process, providers are interleaved over the rounds, and `peer` names the one to
 take ratios to: the stock stack, timed in the same run. Memory is what a step or a load adds at its
 peak: of the process (resident set) on CPU, of the allocator on a GPU. A tiny model is loaded once
@@ -18,6 +20,8 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -144,6 +148,7 @@ def measure(cell: Cell) -> Records:
             return float(loss.detach())
 
         seen = [watched(cell.device, step) for _ in range(WARMUPS + REPEATS)]
+        launched = launches(cell.device, step)
     first, steady = seen[0], seen[WARMUPS:]
     tokens = int(batch["input_ids"].numel())
     seconds = [s for _, s, _ in steady]
@@ -153,6 +158,7 @@ def measure(cell: Cell) -> Records:
         ("step", "ms", [s * 1e3 for s in seconds]),
         ("tokens_per_s", "tokens/s", [tokens / s for s in seconds]),
         ("step peak", "MiB", grown),
+        ("launches", "kernels" if cell.device == "cuda" else "operators", [launched]),
         ("first step", "ms", [first[1] * 1e3]),
         ("load", "ms", [load_s * 1e3]),
         ("load peak", "MiB", [load_mib]),
@@ -161,6 +167,34 @@ def measure(cell: Cell) -> Records:
     more = {"shape": cell.model, "dtype": setting.dtype, "seed": 0, "peer": peer}
     mode = f"{cell.model}/{cell.setting}"
     return [record(KERNEL, cell.provider, mode, *r, x_value=tokens, **more) for r in rows]
+
+
+def launches(device: str, step: Callable[[], Any]) -> float:
+    """Kernels that a step launches on the GPU; on CPU the operators that it calls."""
+    from torch.profiler import DeviceType, ProfilerActivity, profile
+
+    kind = DeviceType.CUDA if device == "cuda" else DeviceType.CPU
+    activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
+    with profile(activities=[activity]) as seen:
+        step()
+    names = [e.name for e in seen.events() if e.device_type == kind]
+    return float(sum(device == "cuda" or name.startswith("aten::") for name in names))
+
+
+def suite_figures(rounds: int = 3) -> Records:
+    """What the suite costs before a case runs: the plugin's import over a bare Python's start, and
+    one collection of every case."""
+
+    def seconds(*arguments: str) -> float:
+        began = time.perf_counter()
+        subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+        return time.perf_counter() - began
+
+    bare = min(seconds("-c", "pass") for _ in range(rounds))
+    imports = [1e3 * (seconds("-c", "import conformance.plugin") - bare) for _ in range(rounds)]
+    collect = ("-m", "pytest", "--collect-only", "-q", "--pyargs", "conformance.checks")
+    rows = [("plugin import", "ms", imports), ("collection", "ms", [1e3 * seconds(*collect)])]
+    return [record("suite", "suite", "-", *row, shape="-") for row in rows]
 
 
 def cells(models: Sequence[str], providers: Sequence[str], device: str, rounds: int) -> list[Cell]:
@@ -221,6 +255,7 @@ def main() -> int:
     models = ["gemma4-text-wide"] if arguments.wide else arguments.model or DEFAULT_MODELS
     chosen = cells(models, arguments.provider or PROVIDERS, arguments.device, arguments.rounds)
     rows, reasons = run(chosen)
+    rows += suite_figures()
     print(table(rows, reasons))
     if arguments.out:
         arguments.out.write_text(json.dumps(rows, indent=0) + "\n")

@@ -11,7 +11,6 @@ compare` takes two of them. `--plots` also writes each figure as SVG and PNG (ne
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -19,9 +18,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from conformance.report import Bench, Report, hardware, write
+from conformance.errors import InputError
+from conformance.report import Bench, Report, hardware, load_json, write
 
-METRICS = ("forward+backward", "workspace", "peak", "share of floor")
+KERNEL_METRICS = ("forward+backward", "workspace", "peak", "share of floor")
+STEP_METRICS = ("step", "tokens_per_s", "step peak", "launches", "first step", "load", "load peak")
+SUITE_METRICS = ("plugin import", "collection")
+METRICS = (*KERNEL_METRICS, *STEP_METRICS, *SUITE_METRICS)
 PEERS = {"experts+lora": "grouped_mm+split", "linear_cross_entropy": "torch.compile"}
 
 
@@ -30,7 +33,8 @@ def benches(records: Iterable[dict[str, Any]]) -> list[Bench]:
     cells: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
     for row in records:
         if row.get("metric") in METRICS:
-            mode = f"{row['shape']} {row['mode']}"
+            shape, mode = row.get("shape") or "-", row["mode"]
+            mode = mode if mode.startswith(shape) else f"{shape} {mode}"
             x = str(row["x_value"])
             cells[row["kernel"], row["provider"], mode, row["metric"], x].append(row)
             if "floor_ms" in row:
@@ -43,7 +47,7 @@ def benches(records: Iterable[dict[str, Any]]) -> list[Bench]:
 def _joined(
     kernel: str, provider: str, mode: str, metric: str, rows: Sequence[dict[str, Any]]
 ) -> Bench:
-    first, peer = rows[0], PEERS.get(kernel, "")
+    first, peer = rows[0], rows[0].get("peer") or PEERS.get(kernel, "")
     return Bench(
         kernel=kernel,
         provider=provider,
@@ -68,10 +72,15 @@ def report_of(records: Sequence[dict[str, Any]]) -> Report:
     return Report(
         implementation="reference",
         versions=measured.get("versions", {}),
-        hardware=hardware("cuda", measured.get("device", "")),
+        hardware=hardware(*_device(measured.get("device", "cpu"))),
         started=measured.get("time", ""),
         bench=tuple(found),
     )
+
+
+def _device(name: str) -> tuple[str, str]:
+    """The kind of device and its name, as a report's header has them."""
+    return ("cpu", "") if name == "cpu" else ("cuda", name)
 
 
 def draw(found: Sequence[Bench], folder: Path) -> list[Path]:
@@ -101,6 +110,18 @@ def draw(found: Sequence[Bench], folder: Path) -> list[Path]:
     return written
 
 
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The records of a file. Raises InputError, one line, for what is no list of records."""
+    rows = load_json(path)
+    needed = {"kernel", "provider", "mode", "metric", "unit", "x_name", "x_value", "median"}
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and needed | {"p20", "p80", "device", "time"} <= row.keys()
+        for row in rows
+    ):
+        raise InputError(f"{path}: no list of benchmark records")
+    return rows
+
+
 def main() -> None:
     """Read the records, write the report and, where asked, the pictures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -108,9 +129,11 @@ def main() -> None:
     parser.add_argument("--report", type=Path, required=True)
     parser.add_argument("--plots", type=Path)
     arguments = parser.parse_args()
-    records = [row for path in arguments.records for row in json.loads(path.read_text())]
-    report = report_of(records)
-    write(report, arguments.report)
+    try:
+        report = report_of([row for path in arguments.records for row in rows_of(path)])
+        write(report, arguments.report)
+    except InputError as error:
+        raise SystemExit(f"publish: {error}") from None
     print(f"{arguments.report}: {len(report.bench)} figures")
     if arguments.plots:
         timed = [b for b in report.bench if b.metric != "share of floor"]
