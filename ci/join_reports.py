@@ -38,6 +38,8 @@ def joined(reports: Sequence[Report]) -> Report:
     return replace(
         first,
         rows=tuple(sorted(rows, key=lambda row: row.case_id)),
+        bench=tuple(record for report in reports for record in report.bench),
+        uncollected=tuple(sorted({text for report in reports for text in report.uncollected})),
         started=min(report.started for report in reports),
         selection="",
         wall_s=sum(report.wall_s for report in reports),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -72,7 +73,9 @@ def _text_group(comparison: Comparison, mark: str, group: tuple[Change, ...]) ->
     for blame in blames(comparison, group):
         yield f"    because of {one_line(blame)}"
     if mark == "!" and first.check:
-        yield f"    repeat: {one_line(first.repeat) or 'conformance reproduce ' + first.case_id}"
+        if first.repeat:
+            yield f"    repeat: {one_line(first.repeat)}"
+        yield f"    script: {shlex.join(['conformance', 'reproduce', one_line(first.case_id)])}"
 
 
 def blames(comparison: Comparison, group: Sequence[Change]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -71,11 +72,25 @@ class Upgrade:
         if self.request.keep:
             self.keep(before, after)
         found = compare(before, after, read_annotations(), committed_difference(before, after))
+        found = self.with_commands(found)
         beside = time.monotonic() - ran + prepared - began
         self.say(f"both runs: {ran - prepared:.1f} s, and {beside:.1f} s beside them")
         if old == new:
             return found
         return replace(found, attribution=self.attribute(found, old, new))
+
+    def with_commands(self, found: Comparison) -> Comparison:
+        """The comparison with commands that repeat each break between the same two versions: a
+        plain pytest would judge the active environment."""
+        sides = (("--from", self.request.before), ("--to", self.request.after))
+        words = [word for name, pins in sides for word in (name, " ".join(pins))]
+        if self.request.selection.impl != Selection.impl:
+            words += ["--impl", self.request.selection.impl]
+        broken = [
+            replace(c, repeat=shlex.join(["conformance", "upgrade", *words, "--case", c.case_id]))
+            for c in found.sections["broken"]
+        ]
+        return replace(found, sections={**found.sections, "broken": tuple(broken)})
 
     def environments(self, sides: Sequence[Pins]) -> list[Environment]:
         """The environments of both sides; every requirement is checked before any is built.
@@ -111,6 +126,8 @@ class Upgrade:
             found = build_layer(layer, self.root)
         self.say(f"environment {words(pins)}: {words(layer) or 'as installed'}"
                  f" ({time.monotonic() - began:.1f} s)")  # fmt: skip
+        if found.layer:
+            self.say(f"    to work in it: PYTHONPATH={shlex.quote(str(found.layer))}")
         return found
 
     def run(self, sides: Sequence[tuple[Environment, str]], selection: Selection) -> list[Report]:

@@ -210,6 +210,8 @@ def test_an_upgrade_runs_both_sides_compares_and_attributes(
     found = judged(tmp_path, keep=tmp_path / "kept")[0].judge()
     assert found.exit == 1
     assert found.attribution == {"A01/m/-/single": "demo 1 → 2"}
+    repeat = "conformance upgrade --from demo==1 --to demo==2 --case A01/m/-/single"
+    assert [change.repeat for change in found.sections["broken"]] == [repeat]
     assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["after.json", "before.json"]
 
 
