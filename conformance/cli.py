@@ -35,6 +35,13 @@ class Format(StrEnum):
     html = "html"
 
 
+class Matrix(StrEnum):
+    """Which cases a run takes."""
+
+    default = "default"
+    full = "full"
+
+
 Reports = Annotated[list[Path], typer.Argument(metavar="A.json [B.json ...]")]
 Out = Annotated[Path | None, typer.Option(help="Write here instead of printing.")]
 Impl = Annotated[str, typer.Option(help="reference, transformers, or package.module:attribute.")]
@@ -79,7 +86,7 @@ def upgrade(
     after: Annotated[list[str], typer.Option("--to", help='"transformers==5.23.0"')],
     markers: Annotated[str, typer.Option("-m", help="Marker expression, as pytest's.")] = "",
     impl: Impl = "transformers",
-    matrix: Annotated[str, typer.Option(help="default or full.")] = "default",
+    matrix: Annotated[Matrix, typer.Option(help="Which cases.")] = Matrix.default,
     case: Annotated[list[str] | None, typer.Option(help="Only cases that match.")] = None,
     bisect: Annotated[bool, typer.Option(help="Narrow each break to a release.")] = False,
     full_environment: Annotated[
@@ -99,7 +106,7 @@ def upgrade(
     from conformance.upgrade import Request
     from conformance.upgrade_progress import judge
 
-    selection = Selection(impl, markers, matrix, tuple(case or ()))
+    selection = Selection(impl, markers, matrix.value, tuple(case or ()))
     request = Request(
         tuple(before), tuple(after), selection, bisect, full_environment, jobs, keep=keep
     )

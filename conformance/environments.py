@@ -29,6 +29,7 @@ from conformance.errors import InputError
 from conformance.report import PACKAGES, one_line, write_atomically
 
 Pins = dict[str, str]  # canonical name -> exact version
+CRASHED = "ERROR: Exception:"  # then a traceback of pip's own, whose last line tells
 BUILDING = ".building-"  # then the builder's process id
 STACK = (*PACKAGES, "finetune-conformance")
 
@@ -176,9 +177,9 @@ def _kept(path: Path) -> Pins | None:
 def _ask_index(wanted: Sequence[str]) -> Pins:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "report.json"
-        result = _pip("install", "--dry-run", "--quiet", "--report", str(out), *wanted)
+        result = _pip("install", "--dry-run", "--report", str(out), *wanted)
         if result.returncode or not out.exists():
-            raise InputError(explain_pip(result.stderr, wanted))
+            raise InputError(explain_pip(f"{result.stdout}\n{result.stderr}", wanted))
         entries = json.loads(out.read_text(encoding="utf-8"))["install"]
     return {
         str(canonicalize_name(e["metadata"]["name"])): e["metadata"]["version"] for e in entries
@@ -197,23 +198,32 @@ def _pip(*arguments: str) -> subprocess.CompletedProcess[str]:
     return result
 
 
-def explain_pip(stderr: str, wanted: Sequence[str]) -> str:
+def explain_pip(said: str, wanted: Sequence[str]) -> str:
     """One line for what pip says in many."""
     names = " ".join(wanted)
-    missing = re.search(r"No matching distribution found for (\S+)", stderr)
+    broken = re.search(r"connection broken by '?(\w+)|Could not fetch URL ", said)
+    if broken:
+        return f"{names}: the package index does not answer ({broken[1] or 'no connection'})"
+    missing = re.search(r"No matching distribution found for (\S+)", said)
     if missing:
         text = missing.group(1).rstrip(";")
-        listed = re.search(r"from versions: ([^)]*)\)", stderr)
+        listed = re.search(r"from versions: ([^)]*)\)", said)
         known = [] if not listed or listed.group(1) == "none" else listed.group(1).split(", ")
         if not known:
-            return f"{one_line(text, 80)}: no such package on the index (or none for this Python)"
+            return (
+                f"{one_line(text, 80)}: no such package on the index (or none for this Python, or"
+                " the index does not answer)"
+            )
         return (
             f"{one_line(text, 80)}: not on the index; the newest there is {one_line(known[-1], 40)}"
         )
-    if "conflicting dependencies" in stderr or "ResolutionImpossible" in stderr:
-        lines = [line.strip() for line in stderr.splitlines() if " depends on " in line]
+    if "conflicting dependencies" in said or "ResolutionImpossible" in said:
+        words = (" depends on ", "The user requested ")
+        lines = [line.strip() for line in said.splitlines() if any(w in line for w in words)]
+        lines = lines or [line for line in said.splitlines() if line.startswith("ERROR")]
         return one_line(f"{names}: conflicting: {'; '.join(lines[:3])}", 400)
-    errors = [line for line in stderr.splitlines() if line.startswith("ERROR")] or [stderr[-300:]]
+    lines = [line for line in said.splitlines() if line.strip()] or ["nothing"]
+    errors = [line for line in lines if line.startswith("ERROR") and line != CRASHED] or lines[-1:]
     return one_line(f"{names}: pip says: {errors[-1].removeprefix('ERROR: ')}", 400)
 
 

@@ -25,7 +25,7 @@ from conformance.environments import (
     resolve,
 )
 from conformance.errors import InputError
-from conformance.report import Report, write
+from conformance.report import Report, one_line, write
 from conformance.schema_snapshot import committed_difference
 from conformance.suite_run import Run, Selection, start, stop_all
 
@@ -61,6 +61,7 @@ class Upgrade:
         old = parse_pins(self.request.before, "--from")
         new = parse_pins(self.request.after, "--to")
         old, new = complete(old, new), complete(new, old)
+        check_markers(self.request.selection.markers)
         began = time.monotonic()
         environments = self.environments((old, new))
         labels = (f"from {words(old)}", f"to {words(new)}")
@@ -198,6 +199,16 @@ class Upgrade:
         selection = replace(self.request.selection, cases=tuple(cases), markers="")
         report = self.run([(environment, words(pins))], selection)[0]
         return {row.case_id: row.verdict for row in report.rows}
+
+
+def check_markers(text: str) -> None:
+    """Refuse what pytest would refuse only in its run. Raises InputError."""
+    from _pytest.mark.expression import Expression
+
+    try:
+        Expression.compile(text)
+    except (SyntaxError, ValueError) as error:
+        raise InputError(f"-m {one_line(text, 80)!r}: {one_line(str(error))}") from None
 
 
 def words(pins: Mapping[str, str]) -> str:

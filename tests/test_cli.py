@@ -56,6 +56,7 @@ def test_compare_exits_one_iff_broken(
     assert cli.run(["compare", b, a, "--format", form]) == 0
 
 
+PINS = ["upgrade", "--from", "transformers==5.17.0", "--to", "transformers==5.23.0"]
 BAD: dict[str, list[str]] = {
     "no such command": ["judge"],
     "no such report": ["report", "/nonexistent/r.json"],
@@ -63,6 +64,8 @@ BAD: dict[str, list[str]] = {
     "no such format": ["compare", "a", "b", "--format", "pdf"],
     "not a pin": ["upgrade", "--from", "transformers>=5", "--to", "transformers==5.23.0"],
     "not a name": ["upgrade", "--from", "!!==1", "--to", "transformers==5.23.0"],
+    "no such matrix": [*PINS, "--matrix", "all"],
+    "no marker expression": [*PINS, "-m", "a b"],
     "no pins": ["upgrade", "--from", "", "--to", "transformers==5.23.0"],
     "no case id": ["reproduce", "M05"],
     "unknown model": ["reproduce", "M05/gemma9/-/single"],

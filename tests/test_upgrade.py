@@ -88,6 +88,23 @@ def test_bad_requirements_are_refused_before_anything_is_installed(
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ("WARNING: Retrying after connection broken by 'ProxyError(1)': /simple", "ProxyError"),
+        ("ERROR: Exception:\nTraceback\nOSError: [Errno 28] No space left on device", "No space"),
+        ("", "pip says: nothing"),
+        (
+            "ERROR: ResolutionImpossible\n The user requested a==1\n b 2 depends on a>1",
+            "b 2 depends",
+        ),
+    ],
+)
+def test_what_pip_says_in_many_lines_is_one(said: str, line: str) -> None:
+    found = environments.explain_pip(said, ["a==1"])
+    assert line in found and "\n" not in found and found.startswith("a==1: ")
+
+
 def test_what_stays_installed_must_accept_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environments, "requires", lambda name: ["huggingface-hub>=1.0"])
     with pytest.raises(InputError, match=r"needs huggingface-hub>=1.0, not 0.3; pin torch as well"):
