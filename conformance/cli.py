@@ -17,6 +17,7 @@ from conformance.cli_plan import plan_command
 from conformance.errors import InputError
 from conformance.report import ReportError, one_line
 
+INTERRUPTED = 130
 app = typer.Typer(
     name="conformance",
     help="Does a fine-tuning stack train rightly, and what does an upgrade break?",
@@ -189,8 +190,7 @@ def run(arguments: list[str] | None = None) -> int:
     except (InputError, ReportError) as error:
         return _complain(str(error))
     except KeyboardInterrupt:
-        print("conformance: interrupted; the same command continues", file=sys.stderr)
-        return 130
+        return _interrupted()
     except BrokenPipeError:
         return 0
     except Exception as error:
@@ -199,7 +199,14 @@ def run(arguments: list[str] | None = None) -> int:
         if type(error).__name__ in ("Exit", "Abort"):
             return int(getattr(error, "exit_code", 1))
         raise
+    if status == INTERRUPTED:  # typer's own answer to Ctrl-C
+        return _interrupted()
     return status if isinstance(status, int) else 0
+
+
+def _interrupted() -> int:
+    print("conformance: interrupted; the same command continues", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _complain(text: str) -> int:

@@ -85,6 +85,17 @@ def test_bad_input_is_one_line_and_status_two(name: str, capsys: pytest.CaptureF
     assert captured.out == ""
 
 
+def test_an_interrupt_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def interrupted(request: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("conformance.upgrade_progress.judge", interrupted)
+    assert cli.run(PINS) == 130
+    assert capsys.readouterr().err == "conformance: interrupted; the same command continues\n"
+
+
 def test_help_imports_no_torch() -> None:
     code = (
         "import sys; from conformance.cli import run; status = run(['--help']);"

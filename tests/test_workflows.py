@@ -159,6 +159,33 @@ def runner(tmp_path: Path) -> Any:
     return run
 
 
+@pytest.mark.parametrize("job", ["cpu", "gpu"])
+@pytest.mark.parametrize(
+    ("status", "writes", "verdict"), [(0, 1, 0), (1, 1, 0), (5, 0, 0), (3, 0, 1)]
+)
+def test_a_shard_fails_only_without_a_report(
+    job: str, status: int, writes: int, verdict: int, tmp_path: Path
+) -> None:
+    step = next(
+        s["run"]
+        for w, j, s in steps()
+        if (w, j) == ("nightly", job) and "set -f" in s.get("run", "")
+    )
+    (tmp_path / "ci").mkdir()
+    stand_in = tmp_path / "ci" / "run"
+    stand_in.write_text(
+        "#!/bin/sh\nfor word; do last=${word#--report=}; done\n"
+        f'[ {writes} = 1 ] && touch "$last"\nprintf "%s\\n" "$@" > words\nexit {status}\n'
+    )
+    stand_in.chmod(0o755)
+    variables = {"IMPL": "reference", "NAME": "x", "OPTIONS": "--case=*/a/*/ddp --case=*/b/*/ddp"}
+    environment = {**os.environ, **variables}
+    done = subprocess.run(["bash", "-e", "-c", step], cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == verdict
+    words = (tmp_path / "words").read_text().splitlines()
+    assert "--case=*/a/*/ddp" in words and f"--report={job}-x.json" in words
+
+
 def test_the_reusable_workflow_judges_against_the_last_run(runner: Any) -> None:
     step = step_of("conformance", "run, show, compare")
     good, bad = small({"M01": "passed", "M02": "failed"}), small({"M01": "failed", "M02": "failed"})
