@@ -79,6 +79,7 @@ class Recorder:
             name = report.nodeid.rpartition("/")[2]
             self.uncollected[report.nodeid] = f"{name}: {said.strip()}"
 
+    @pytest.hookimpl(optionalhook=True)  # xdist's own, which a stranger may not have
     def pytest_testnodedown(self, node: Any) -> None:
         """A worker's stale expectations are the run's."""
         output = getattr(node, "workeroutput", None) or {}

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import stat
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -201,6 +202,15 @@ def test_whatever_narrows_a_run_is_in_its_report() -> None:
     assert recording.selection(config(shard="1/2")) == "--shard '1/2'"
     narrow = config(args=["conformance/checks/test_masks.py", "tests"])
     assert recording.selection(narrow) == "test_masks.py"
+
+
+def test_a_run_needs_no_xdist(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-m", "smoke", "--collect-only"]
+    done = subprocess.run(
+        [*command, "conformance/checks/test_smoke.py"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-500:]
 
 
 def test_a_case_whose_worker_crashed_has_a_row() -> None:
