@@ -99,6 +99,9 @@ def pytest_configure(config: pytest.Config) -> None:
         names.update({token: "setting" for token in tokens.values() if token})
     names.update({s.name: f"strategy: {s.claim}" for s in STRATEGIES.values()})
     names.update(TIERS)
+    names["xdist_group(name)"] = (
+        "one worker for all of a group (xdist's own, where it is installed)"
+    )
     for name, meaning in names.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
 

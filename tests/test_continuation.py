@@ -207,7 +207,7 @@ def test_whatever_narrows_a_run_is_in_its_report() -> None:
 def test_a_run_needs_no_xdist(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-m", "smoke", "--collect-only"]
     done = subprocess.run(
-        [*command, "conformance/checks/test_smoke.py"],
+        [*command, "conformance/checks/test_smoke.py", "conformance/checks/test_data_parallel.py"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-500:]
