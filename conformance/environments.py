@@ -355,10 +355,18 @@ def _make_full(place: Path, python: Path, wanted: Sequence[str]) -> None:
             [sys.executable, "-m", "venv", str(place)],
             [str(python), "-m", "pip", "install", "--quiet", *wanted],
         ]
+    environment = {**torch_build(active_versions().get("torch", "")), **os.environ}
     for step in steps:
-        result = subprocess.run(step, capture_output=True, text=True, check=False)
+        result = subprocess.run(step, env=environment, capture_output=True, text=True, check=False)
         if result.returncode:
             raise InputError(explain_pip(result.stderr, wanted))
+
+
+def torch_build(active: str) -> dict[str, str]:
+    """uv's variable for the build of torch that is active (`2.13.0+cpu`), or that CONFORMANCE_TORCH
+    names as for `ci/run`; without it uv takes the index's default, gigabytes on Linux."""
+    build = os.environ.get("CONFORMANCE_TORCH") or active.partition("+")[2]
+    return {"UV_TORCH_BACKEND": build} if build not in ("", "index") else {}
 
 
 def releases_between(name: str, low: str, high: str) -> list[str]:

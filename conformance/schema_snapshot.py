@@ -352,14 +352,19 @@ def command(against: Path | None) -> str:
 
 
 def committed_difference(before: Report, after: Report) -> list[str]:
-    """Differences of the committed snapshots of two reports' transformers versions, if both are
-    there, for the models that the reports ask about."""
+    """Differences of the committed snapshots of two reports' transformers versions, for the models
+    that the reports ask about; a version without a snapshot is said."""
     numbers = [r.versions.get("transformers", "") for r in (before, after)]
     if numbers[0] == numbers[1] or not all(re.fullmatch(r"[\w.]+", n, re.ASCII) for n in numbers):
         return []
     paths = [schema_folder() / f"transformers-{number}.json" for number in numbers]
-    if not all(path.exists() for path in paths):
-        return []
+    lacking = [number for number, path in zip(numbers, paths, strict=True) if not path.exists()]
+    if lacking:
+        return [
+            f"not compared: no snapshot of transformers {number} is committed; to see what moved:"
+            " `conformance schema --out FILE` there, `conformance schema --against FILE` here"
+            for number in lacking
+        ]
     asked = {row.model for report in (before, after) for row in report.rows}
     old, new = (read_snapshot(path) for path in paths)
     for data in (old, new):

@@ -116,6 +116,15 @@ def test_incomparable_reports_are_refused_with_one_line(after: Report, message: 
     assert "\n" not in str(error.value)
 
 
+def test_cases_of_a_module_that_no_longer_imports_are_broken_not_gone() -> None:
+    before = report({"A01": "passed", "B01": "passed", "C01": "failed"}, OLD)
+    after = report({"A01": "passed"}, uncollected=("test_b.py: ImportError: cache",))
+    found = compare(before, after)
+    assert sections(found) == {"broken": ["B01"], "gone": ["C01"]} and found.exit == 1
+    assert "the second run could not import test_b.py: ImportError: cache" in found.notes
+    assert "not collected" in found.sections["broken"][0].text
+
+
 def measured(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
     """Texts of the drift and speed sections when a passing case's numbers move."""
     row = Row("A01/m/-/single", "passed", measured=before)
@@ -242,6 +251,9 @@ def test_every_committed_snapshot_can_be_read_and_compared() -> None:
     assert all(read_snapshot(path)["versions"]["transformers"] in path.name for path in paths)
     old, new = report({}, OLD), report({}, NEW)
     assert committed_difference(old, new) == []
+    unknown = replace(new, versions={**NEW, "transformers": "5.99.0"})
+    (line,) = committed_difference(old, unknown)
+    assert "no snapshot of transformers 5.99.0" in line
     asked = (Row("A01/gemma4-moe/-/single", "passed"),)
     lines = committed_difference(replace(old, rows=asked), replace(new, rows=asked))
     assert lines and all("\n" not in line for line in lines)

@@ -30,7 +30,7 @@ def _no_model_is_kept() -> None:
     subject.forget_models()
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m.bug}-{m.name}")
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m.killed_by}-{m.bug}-{m.name}")
 def test_mutant_dies(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     case = _case(mutant)
     run_check(case, load("reference"))

@@ -45,6 +45,7 @@ SMALL = Report(
     exit=1,
     bench=(Bench("experts", "reference", "forward", "time", "ms", "tokens", 8.0, 1.0, 0.9, 1.1),),
     checks={"M05": ("a claim", "https://example.org/2")},
+    uncollected=("test_x.py: ImportError: gone",),
 )
 
 

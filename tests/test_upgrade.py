@@ -105,6 +105,16 @@ def test_what_pip_says_in_many_lines_is_one(said: str, line: str) -> None:
     assert line in found and "\n" not in found and found.startswith("a==1: ")
 
 
+def test_a_full_environment_takes_the_build_of_torch_that_is_active(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("CONFORMANCE_TORCH", raising=False)
+    assert environments.torch_build("2.13.0+cpu") == {"UV_TORCH_BACKEND": "cpu"}
+    assert environments.torch_build("2.13.0") == {}
+    monkeypatch.setenv("CONFORMANCE_TORCH", "index")
+    assert environments.torch_build("2.13.0+cpu") == {}
+
+
 def test_what_stays_installed_must_accept_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environments, "requires", lambda name: ["huggingface-hub>=1.0"])
     with pytest.raises(InputError, match=r"needs huggingface-hub>=1.0, not 0.3; pin torch as well"):
