@@ -122,11 +122,10 @@ class Upgrade:
         """The environment of a side."""
         began = time.monotonic()
         if self.request.full_environment:
-            found = build_full({**layer, **pins}, self.root)
+            found, what = build_full({**layer, **pins}, self.root), "an environment of its own"
         else:
-            found = build_layer(layer, self.root)
-        self.say(f"environment {words(pins)}: {words(layer) or 'as installed'}"
-                 f" ({time.monotonic() - began:.1f} s)")  # fmt: skip
+            found, what = build_layer(layer, self.root), words(layer) or "as installed"
+        self.say(f"environment {words(pins)}: {what} ({time.monotonic() - began:.1f} s)")
         if found.layer:
             self.say(f"    to work in it: PYTHONPATH={shlex.quote(str(found.layer))}")
         return found
