@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..cache_argument import without_cache
 from ..documents import document_ids
 from ..errors import Refused
 from ..kernels import gated_delta_rule as kernel
@@ -85,7 +86,7 @@ def _hook(passes: bool) -> Callable[..., Any]:
                 " unpacked, or with a newer transformers"
             )
         # `packed_rows` sees to it that there is none to continue from; one just made stays empty
-        return args, {**kwargs, "document_ids": ids, "past_key_values": None}
+        return args, {**without_cache(kwargs), "document_ids": ids}
 
     return give_documents
 

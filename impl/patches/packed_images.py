@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..cache_argument import cache_of, without_cache
 from ..documents import document_ids
 from ..errors import Refused
 from ..model_facts import bidirectional_images, body, type_id_name, unwrap
@@ -62,30 +63,29 @@ def _by_document(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[
         config: Any,
         inputs_embeds: Tensor,
         attention_mask: Any,
-        past_key_values: Any,
         position_ids: Tensor | None,
         block_sequence_ids: Tensor,
         **kwargs: Any,
     ) -> dict[str, Any]:
+        cache = cache_of(kwargs)
+
         def masks(rows: slice, columns: slice) -> dict[str, Any]:
             assert position_ids is not None
             return original(
                 config=config,
                 inputs_embeds=inputs_embeds[rows, columns],
                 attention_mask=None,
-                past_key_values=None,
                 position_ids=position_ids[rows, columns],
                 block_sequence_ids=block_sequence_ids[rows, columns],
-                **kwargs,
+                **without_cache(kwargs),
             )
 
         ids = document_ids(position_ids)
-        if ids is None or attention_mask is not None or past_key_values is not None:
+        if ids is None or attention_mask is not None or cache is not None:
             return original(
                 config=config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
                 block_sequence_ids=block_sequence_ids,
                 **kwargs,

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..cache_argument import cache_of
 from ..documents import document_ids, joins_documents
 from ..errors import Refused
 from ..model_facts import body
@@ -43,7 +44,7 @@ def apart(kwargs: dict[str, Any]) -> dict[str, Any]:
             return kwargs  # the positions of left padding, not documents
         _refuse_holes(mask, ids)
         kwargs = {**kwargs, "attention_mask": None}
-    if kwargs.get("past_key_values") is not None:
+    if cache_of(kwargs) is not None:
         raise Refused("a packed batch cannot continue from a cache; give one document a row")
     return {**kwargs, "use_cache": False}
 

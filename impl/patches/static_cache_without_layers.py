@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..cache_argument import cache_of
 from ..errors import Refused
 from ..model_facts import body, text_config
 from ..training_plan import TrainingPlan
@@ -46,7 +47,7 @@ def apply(model: nn.Module, plan: TrainingPlan) -> Callable[[], None]:
     """Refuse such a cache in words, where the attention would raise an IndexError."""
 
     def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         layers = getattr(cache, "layers", None)
         if layers == [] and getattr(cache, "layer_class_to_replicate", None) is None:
             raise Refused(_WORDS.format(type(cache).__name__))
