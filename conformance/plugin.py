@@ -167,10 +167,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Tell the rank processes which models the selected cases spread."""
-    from conformance import ranks
+    """Tell the rank processes which models the selected cases spread, and what is read of them."""
+    from conformance import ranks, reading
 
     cases = [item.stash[CASE] for item in session.items if CASE in item.stash]
+    reading.expect(cases)
     models = [case.model.name for case in cases if case.model and case.strategy.ranks > 1]
     ranks.expect(dict.fromkeys(models))
     # in the background from now on; the ranks' parent is a worker, where there are workers

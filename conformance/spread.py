@@ -36,6 +36,7 @@ ROWS = 4
 MAX_NORM = 0.1
 TRAINING_RATE = 0.05  # of gradients clipped to MAX_NORM
 IGNORE = -100
+PARTS = ("accumulation", "training", "exact")
 # AdamW of the parity step: an element whose gradient is the noise of float32 islands must not move
 # at full rate.
 RATE, EPSILON = 1e-3, 1e-6
@@ -376,13 +377,15 @@ def observe_exact(job: Job, seen: Spread) -> None:
     seen.parameters = parameters_of(model, trainable=True)
 
 
-def observe(job: Job, whole: bool = True) -> Spread:
-    """Everything that the parity checks read; the float32 step alone where not `whole`."""
+def observe(job: Job, parts: frozenset[str] = frozenset(PARTS)) -> Spread:
+    """The step in the setting's dtype and the named parts of `PARTS`; none changes another."""
     seen = Spread()
     model = observe_step(job, seen)
-    if whole:
+    if "accumulation" in parts:
         observe_accumulation(job, model, seen)
+    if "training" in parts:
         observe_training(job, model, seen)
+    if "exact" in parts:
         observe_exact(job, seen)
     return seen
 
