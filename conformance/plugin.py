@@ -173,7 +173,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     cases = [item.stash[CASE] for item in session.items if CASE in item.stash]
     reading.expect(cases)
     models = [case.model.name for case in cases if case.model and case.strategy.ranks > 1]
-    ranks.expect(dict.fromkeys(models))
+    ranks.expect(dict.fromkeys(models), session.config.getoption("impl"))
     # in the background from now on; the ranks' parent is a worker, where there are workers
     parent = (
         hasattr(session.config, "workerinput") or session.config.getoption("dist", "no") == "no"

@@ -236,13 +236,15 @@ def _quiet_progress_bars() -> None:
 
 
 def rank_main(connection: Connection, start: Start) -> None:
-    """Life of a forked rank: hello, run, report, wait for the parent's release, leave.
+    """Life of a forked rank: hello, meet the others, run, report, wait for the parent's release,
+    leave.
 
+    The ranks meet when all have said hello, and the deadline counts from when all have met: however
+    slow a start is, a collective that waits for a peer fails before the parent gives up.
     A rank that is done keeps its process group until all are: else a peer's last collective could
     lose its connection, and a skipped collective would show as that instead of as a wait.
     """
     _enter(start)
-    connection.send("ready")
     import torch
     from torch._C._distributed_c10d import FileStore
 
@@ -252,20 +254,25 @@ def rank_main(connection: Connection, start: Start) -> None:
     torch.set_num_threads(1)
     seed_everything(start.seed)
     _quiet_progress_bars()
+    connection.send("hello")
+    connection.recv()
     context = start.context
     try:
         store = FileStore(str(context.scratch / "store"), context.world_size)
         with process_group(context, store):
+            connection.send("met")
             outcome = execute(context, start.payload)
             connection.send(outcome)
             if outcome.value is None:
                 os._exit(1)
             connection.recv()
+            if context.device == "cpu":
+                os._exit(0)  # library teardown costs more than a small case; so does gloo's
     except BaseException as error:
         with contextlib.suppress(OSError):
             connection.send(_failure(error))
         os._exit(1)
-    os._exit(0)  # interpreter and library teardown cost more than the case
+    os._exit(0)
 
 
 _calls = 0

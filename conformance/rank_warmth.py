@@ -6,6 +6,7 @@ No thread, no process group and no CUDA context may come of it.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import pkgutil
 import re
@@ -31,14 +32,13 @@ def warm_parts(package: str) -> None:
 
 
 def warm_model(name: str) -> None:
-    """What the reference finds out about a model's class (on the meta device), which it keeps."""
-    from conformance.checkpoint import build_config
+    """What the implementation finds out about a model's class, and the model itself."""
     from conformance.families import MODELS
-    from conformance.implementations.reference import IMPLEMENTATION
-    from conformance.settings import Setting
+    from conformance.implementation import load
+    from conformance.prebuilt import load_for_ranks
 
     with contextlib.suppress(Exception):
-        IMPLEMENTATION.plan(build_config(MODELS[name]), Setting(), "single")
+        load_for_ranks(load(os.environ["CONFORMANCE_EXPECTED_IMPLEMENTATION"]), MODELS[name])
 
 
 warm_key_conversions()
@@ -46,3 +46,5 @@ for _package in ("impl.patches", "conformance.impl.patches"):
     warm_parts(_package)
 for _model in filter(None, os.environ.get("CONFORMANCE_EXPECTED_MODELS", "").split(",")):
     warm_model(_model)
+gc.collect()
+gc.freeze()  # a collection in a rank would touch, and so copy, every page of the imports

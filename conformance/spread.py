@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from conformance import prebuilt
 from conformance.case import Case
 from conformance.gathering import LocalOptimizer, gathered, local
 from conformance.implementation import load
@@ -121,11 +122,12 @@ class Job:
         """Over how many ranks gradients are averaged."""
         return 1 if self.strategy in (*SHARDED_BY_TENSOR, "single") else self.ranks
 
-    def model(self, setting: Setting) -> nn.Module:
-        """Built, prepared and spread, adapters filled by name."""
+    def model(self, setting: Setting, anew: bool = False) -> nn.Module:
+        """Built, prepared and spread, adapters filled by name. anew: loaded by this very rank."""
         subject = self.subject
         plan = self.plan(setting)
-        built = subject.impl.build(self.path, plan, self.mesh)
+        ready = None if anew else prebuilt.take(subject.loaded, subject.model_spec, plan)
+        built = ready or subject.impl.build(self.path, plan, self.mesh)
         if next(built.parameters()).device.type != subject.device.partition(":")[0]:
             built = built.to(subject.device)  # `to` unties what was sharded while loading
         model = subject.adopt(built, plan, setting.tuning != "full")
