@@ -17,6 +17,7 @@ from conformance.case import Model
 from conformance.checkpoint import build_config, write
 from conformance.implementation import Loaded
 from conformance.settings import Setting
+from conformance.subject import Subject
 
 DTYPES = ("float32", "float64")  # of the step, and of the parameters after it
 Key = tuple[str, str, Any]
@@ -47,7 +48,8 @@ def load_for_ranks(loaded: Loaded, model: Model) -> None:
                 loaded.impl.undo(loaded.impl.prepare(copy.deepcopy(built), plan))
 
 
-def take(loaded: Loaded, model: Model, plan: Any) -> nn.Module | None:
-    """The model loaded for such a plan, once: whoever takes it may change it."""
-    key = build_key(loaded, plan) if _kept else None
-    return None if key is None else _kept.pop((loaded.spec, model.name, key), None)
+def take(subject: Subject, plan: Any) -> nn.Module | None:
+    """The subject's model, loaded for such a plan, once: whoever takes it may change it."""
+    key = build_key(subject.loaded, plan) if _kept else None
+    where = (subject.loaded.spec, subject.model_spec.name, key)
+    return None if key is None else _kept.pop(where, None)

@@ -5,6 +5,7 @@ No thread, no process group and no CUDA context may come of it.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import os
@@ -48,3 +49,4 @@ for _model in filter(None, os.environ.get("CONFORMANCE_EXPECTED_MODELS", "").spl
     warm_model(_model)
 gc.collect()
 gc.freeze()  # a collection in a rank would touch, and so copy, every page of the imports
+atexit.register(gc.unfreeze)  # extension modules that count expect it at the end

@@ -126,7 +126,10 @@ class Job:
         """Built, prepared and spread, adapters filled by name. anew: loaded by this very rank."""
         subject = self.subject
         plan = self.plan(setting)
-        ready = None if anew else prebuilt.take(subject.loaded, subject.model_spec, plan)
+        ready = None
+        if not anew:
+            alone = self.mesh is None
+            ready = subject.built(plan, setting) if alone else prebuilt.take(subject, plan)
         built = ready or subject.impl.build(self.path, plan, self.mesh)
         if next(built.parameters()).device.type != subject.device.partition(":")[0]:
             built = built.to(subject.device)  # `to` unties what was sharded while loading
