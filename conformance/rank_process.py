@@ -227,12 +227,13 @@ def _die_with_parent(context: RankContext) -> None:
         os.killpg(0, signal.SIGKILL)
 
 
-def _quiet_progress_bars() -> None:
+def quiet_progress_bars() -> None:
     """A progress bar makes a named semaphore, which a process that leaves by `_exit` would leave
-    behind."""
+    behind, and a thread, which a fork would lose."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     if "tqdm" in sys.modules:
         sys.modules["tqdm"].tqdm.set_lock(threading.RLock())
+        sys.modules["tqdm"].tqdm.monitor_interval = 0
 
 
 def rank_main(connection: Connection, start: Start) -> None:
@@ -253,7 +254,7 @@ def rank_main(connection: Connection, start: Start) -> None:
         os._exit(1)
     torch.set_num_threads(1)
     seed_everything(start.seed)
-    _quiet_progress_bars()
+    quiet_progress_bars()
     connection.send("hello")
     connection.recv()
     context = start.context

@@ -13,6 +13,8 @@ import pkgutil
 import re
 from importlib import import_module
 
+from conformance.rank_process import quiet_progress_bars
+
 
 def warm_key_conversions() -> None:
     """transformers compiles a thousand patterns of checkpoint keys on the first load, and again on
@@ -45,6 +47,7 @@ def warm_model(name: str) -> None:
 warm_key_conversions()
 for _package in ("impl.patches", "conformance.impl.patches"):
     warm_parts(_package)
+quiet_progress_bars()
 for _model in filter(None, os.environ.get("CONFORMANCE_EXPECTED_MODELS", "").split(",")):
     warm_model(_model)
 gc.collect()
