@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import faulthandler
+import gc
 import io
 import os
 import pickle
@@ -253,6 +254,7 @@ def rank_main(connection: Connection, start: Start) -> None:
         connection.send(_failure(RuntimeError("the forkserver's preload created a CUDA context")))
         os._exit(1)
     torch.set_num_threads(1)
+    gc.set_threshold(20_000)  # a rank lives for a second
     seed_everything(start.seed)
     quiet_progress_bars()
     connection.send("hello")
