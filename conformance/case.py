@@ -96,6 +96,9 @@ class Check:
     correctness: True if it judges numbers or behaviour, and so owes a mutant.
     nightly: asked in the full matrix only, being long.
     lone_rank: every strategy on one rank, its mesh all ones, as one GPU can hold it.
+    one_a_family: the default matrix asks each strategy of the first model of each family that can
+        have it, the full one of all.
+    reads: the parts of a start's evidence beside the step (`spread.PARTS`).
     """
 
     id: str
@@ -113,6 +116,8 @@ class Check:
     correctness: bool = True
     nightly: bool = False
     lone_rank: bool = False
+    one_a_family: bool = False
+    reads: tuple[str, ...] = ()
     name: str = ""
     claim: str = ""
     motivation: str = ""

@@ -86,14 +86,19 @@ def checkpoint(model: Model, dtype: str = "float32") -> Path:
         if found is not None and found.is_dir():
             return found
     root = _root()
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{model.name}-", dir=root))
-    built = build_stock(model, getattr(torch, dtype))
-    with _quiet():
-        built.save_pretrained(unfinished)  # type: ignore[operator]
+    unfinished = write(model, Path(tempfile.mkdtemp(prefix=f"{model.name}-", dir=root)), dtype)
     finished = root / f"{model.name}-{dtype}"
     unfinished.rename(finished)
     _written[os.getpid(), model.name, dtype] = finished
     return finished
+
+
+def write(model: Model, folder: Path, dtype: str = "float32") -> Path:
+    """Write a checkpoint of the tiny model into an empty folder."""
+    built = build_stock(model, getattr(torch, dtype))
+    with _quiet():
+        built.save_pretrained(folder)  # type: ignore[operator]
+    return folder
 
 
 def _root() -> Path:

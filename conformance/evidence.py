@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from conformance import checkpoint, rank_steps, ranks, spread
+from conformance import checkpoint, rank_steps, ranks, reading, spread
 from conformance.numerics import assert_close_gradients, relative_error, worst
 from conformance.spread import Job, Spread
 from conformance.strategies import STRATEGIES
@@ -43,31 +43,33 @@ def forget() -> None:
     _kept.clear()
 
 
-def evidence(subject: Subject, whole: bool = True) -> Evidence:
+def evidence(subject: Subject) -> Evidence:
     """The evidence of the subject's case; raises what its start raised, refusals unwrapped.
 
-    whole: accumulation, training and the float64 step too, beside the float32 one.
+    Beside the step it has what the selected checks of the case's model, setting and strategy read.
     """
     case = subject.case
-    where = (subject.loaded.spec, subject.model_spec.name, case.setting, subject.device, whole)
+    where = (subject.loaded.spec, subject.model_spec.name, case.setting, subject.device)
+    parts, parts_alone = reading.parts(case), reading.parts_of_all(case)
 
     def spreading() -> tuple[Spread, ...]:
-        return tuple(run(subject, partial(spread.observe, whole=whole), options))
+        return tuple(run(subject, partial(spread.observe, parts=parts), options))
 
     def single() -> Spread:
-        return run_alone(subject, partial(spread.observe, whole=whole), options)
+        return run_alone(subject, partial(spread.observe, parts=parts_alone), options)
 
     subject.plan()  # a refusal costs nothing
     options = oracle_options(subject)
-    one = _once((*where, repr(options)), single)  # first: the forkserver is still importing
-    return Evidence(_once((*where, case.strategy), spreading), one)
+    # first: the forkserver is still importing
+    one = _once((*where, parts_alone, repr(options)), single)
+    return Evidence(_once((*where, parts, case.strategy), spreading), one)
 
 
 def saved_adapter(subject: Subject) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
     """What `save` writes from ranks, and from one process: of the step's own start, or of a start
     that only saves where a step cannot be taken."""
     try:
-        seen = evidence(subject, whole=False)
+        seen = evidence(subject)
         return seen.first.saved, seen.single.saved
     except ranks.RankFailed:
         want = run_alone(subject, rank_steps.saved_adapter, oracle_options(subject))
@@ -208,7 +210,7 @@ def assert_step(subject: Subject, seen: Evidence, measured: Measured) -> None:
     row = row_of(subject)
     assert_number(subject, first.loss, single.loss, tolerance("loss/spread"), measured, "loss")
     assert_parity(subject, first.gradients, single.gradients, row, measured, "gradients")
-    if not single.parameters:
+    if "exact" not in subject.case.check.reads:
         return
     exact = row_of(subject, "parameters")
     assert_parameters(subject, first.parameters, single.parameters, exact, measured)

@@ -143,8 +143,9 @@ class Implementation(Protocol):
         """The model of a checkpoint directory as the stack loads it (class, dtype, quantisation;
         sharded over `mesh` where the stack shards while loading).
 
-        An adapter may also have `build_key(plan)`: what `build` reads of a plan. The suite copies
-        a model that was built by an equal key; without it, every setting loads its own.
+        An adapter may also have `build_key(plan)`: what `build` reads of a plan, or None where it
+        depends on the ranks. The suite copies a model that was built by an equal key, and ranks are
+        forked with it; without a key, every setting and every rank loads its own.
         """
 
     def prepare(self, model: nn.Module, plan: TrainingPlan) -> nn.Module:

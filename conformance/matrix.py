@@ -112,11 +112,19 @@ def _cases_of_model(check: Check, model: Model, full: bool) -> list[Case]:
     strategies = [
         STRATEGIES[name] for name in check.strategies if STRATEGIES[name].applies_to(model.traits)
     ]
+    if check.one_a_family and not full:
+        strategies = [t for t in strategies if _first_of_family(check, model.family, t) is model]
     if check.lone_rank:
         strategies = [strategy.on_one_rank() for strategy in strategies]
     if len(strategies) == 1 or len(settings) == 1 or full:
         return [Case(check, model, s, t) for t in strategies for s in settings]
     return [Case(check, model, s, t) for s, t in _spread(settings, strategies, len(check.settings))]
+
+
+def _first_of_family(check: Check, family: str, strategy: Strategy) -> Model:
+    """The first model of a family that a check asks and that can be spread so."""
+    members = (m for m in MODELS.values() if m.family == family and check.asks(m))
+    return next(m for m in members if strategy.applies_to(m.traits))
 
 
 def _spread(

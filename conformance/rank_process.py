@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import faulthandler
+import gc
 import io
 import os
 import pickle
@@ -227,22 +228,25 @@ def _die_with_parent(context: RankContext) -> None:
         os.killpg(0, signal.SIGKILL)
 
 
-def _quiet_progress_bars() -> None:
+def quiet_progress_bars() -> None:
     """A progress bar makes a named semaphore, which a process that leaves by `_exit` would leave
-    behind."""
+    behind, and a thread, which a fork would lose."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     if "tqdm" in sys.modules:
         sys.modules["tqdm"].tqdm.set_lock(threading.RLock())
+        sys.modules["tqdm"].tqdm.monitor_interval = 0
 
 
 def rank_main(connection: Connection, start: Start) -> None:
-    """Life of a forked rank: hello, run, report, wait for the parent's release, leave.
+    """Life of a forked rank: hello, meet the others, run, report, wait for the parent's release,
+    leave.
 
+    The ranks meet when all have said hello, and the deadline counts from when all have met: however
+    slow a start is, a collective that waits for a peer fails before the parent gives up.
     A rank that is done keeps its process group until all are: else a peer's last collective could
     lose its connection, and a skipped collective would show as that instead of as a wait.
     """
     _enter(start)
-    connection.send("ready")
     import torch
     from torch._C._distributed_c10d import FileStore
 
@@ -250,22 +254,28 @@ def rank_main(connection: Connection, start: Start) -> None:
         connection.send(_failure(RuntimeError("the forkserver's preload created a CUDA context")))
         os._exit(1)
     torch.set_num_threads(1)
+    gc.set_threshold(20_000)  # a rank lives for a second
     seed_everything(start.seed)
-    _quiet_progress_bars()
+    quiet_progress_bars()
+    connection.send("hello")
+    connection.recv()
     context = start.context
     try:
         store = FileStore(str(context.scratch / "store"), context.world_size)
         with process_group(context, store):
+            connection.send("met")
             outcome = execute(context, start.payload)
             connection.send(outcome)
             if outcome.value is None:
                 os._exit(1)
             connection.recv()
+            if context.device == "cpu":
+                os._exit(0)  # library teardown costs more than a small case; so does gloo's
     except BaseException as error:
         with contextlib.suppress(OSError):
             connection.send(_failure(error))
         os._exit(1)
-    os._exit(0)  # interpreter and library teardown cost more than the case
+    os._exit(0)
 
 
 _calls = 0

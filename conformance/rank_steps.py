@@ -95,7 +95,7 @@ def mixed_precision(job: Job) -> Seen:
 
 def loaded_state(job: Job) -> dict[str, tuple[str, str]]:
     """dtype and digest of every whole parameter and buffer after spreading, before any step."""
-    model = job.model(job.subject.case.setting)
+    model = job.model(job.subject.case.setting, anew=True)
     found = parameters_of(model)
     found |= {canonical_name(n): b.detach() for n, b in model.named_buffers()}
     return {name: (str(t.dtype), digest(t)) for name, t in found.items()}

@@ -5,11 +5,15 @@ No thread, no process group and no CUDA context may come of it.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import os
 import pkgutil
 import re
 from importlib import import_module
+
+from conformance.rank_process import quiet_progress_bars
 
 
 def warm_key_conversions() -> None:
@@ -31,18 +35,21 @@ def warm_parts(package: str) -> None:
 
 
 def warm_model(name: str) -> None:
-    """What the reference finds out about a model's class (on the meta device), which it keeps."""
-    from conformance.checkpoint import build_config
+    """What the implementation finds out about a model's class, and the model itself."""
     from conformance.families import MODELS
-    from conformance.implementations.reference import IMPLEMENTATION
-    from conformance.settings import Setting
+    from conformance.implementation import load
+    from conformance.prebuilt import load_for_ranks
 
     with contextlib.suppress(Exception):
-        IMPLEMENTATION.plan(build_config(MODELS[name]), Setting(), "single")
+        load_for_ranks(load(os.environ["CONFORMANCE_EXPECTED_IMPLEMENTATION"]), MODELS[name])
 
 
 warm_key_conversions()
 for _package in ("impl.patches", "conformance.impl.patches"):
     warm_parts(_package)
+quiet_progress_bars()
 for _model in filter(None, os.environ.get("CONFORMANCE_EXPECTED_MODELS", "").split(",")):
     warm_model(_model)
+gc.collect()
+gc.freeze()  # a collection in a rank would touch, and so copy, every page of the imports
+atexit.register(gc.unfreeze)  # extension modules that count expect it at the end

@@ -102,6 +102,8 @@ START_SECONDS = 240.0
 GRACE_SECONDS = 0.5
 """After a first failure: time for a killed rank to show itself before its peers' complaints are
 believed."""
+REAPED_SECONDS = 5.0
+"""For the forkserver to say how a rank ended whose pipe is closed: it is dead, the word is late."""
 OUTPUT_TAIL = 2000
 """Characters of a failing rank's output that its error carries."""
 
@@ -141,6 +143,7 @@ _context = multiprocessing.get_context("forkserver")
 _started = False
 _modules: tuple[str, ...] = (*BASE_MODULES, *MODELLING_MODULES)
 _models: tuple[str, ...] = ()
+_implementation = ""
 
 
 def in_place() -> bool:
@@ -169,10 +172,11 @@ def preload(modules: Iterable[str], base: Iterable[str] = BASE_MODULES) -> None:
     _modules = (*base, *modules)
 
 
-def expect(models: Iterable[str]) -> None:
-    """Name the suite's models that will be spread: the forkserver looks at them once for all."""
-    global _models
-    _models = tuple(models)
+def expect(models: Iterable[str], implementation: str) -> None:
+    """Name the suite's models that will be spread, and by what: the forkserver loads them once for
+    all ranks."""
+    global _models, _implementation
+    _models, _implementation = tuple(models), implementation
 
 
 @contextlib.contextmanager
@@ -208,6 +212,7 @@ def warm() -> None:
         TOKENIZERS_PARALLELISM="false",
         HF_HUB_OFFLINE="1",
         CONFORMANCE_EXPECTED_MODELS=",".join(_models),
+        CONFORMANCE_EXPECTED_IMPLEMENTATION=_implementation,
         PYTHONPATH=os.pathsep.join(path for path in sys.path if path),
     ):
         forkserver.ensure_running()
@@ -221,7 +226,8 @@ class _Rank:
     context: RankContext
     process: ForkServerProcess
     connection: Connection
-    ready: bool = False
+    here: bool = False
+    met: bool = False
     outcome: Outcome | None = None
     death: str = ""
 
@@ -232,9 +238,10 @@ class _Rank:
                 message = self.connection.recv()
                 if isinstance(message, Outcome):
                     self.outcome = message
-                self.ready = True
+                self.met = self.here  # the second word, whichever it is
+                self.here = True
         except (EOFError, OSError):
-            self.process.join(GRACE_SECONDS)
+            self.process.join(REAPED_SECONDS)
             self.death = _death(self.process.exitcode)
 
     @property
@@ -300,15 +307,18 @@ class _Group:
     def collect(self) -> list[Outcome]:
         """Wait for every outcome, the first failure, or the deadline."""
         deadline = time.monotonic() + START_SECONDS
-        ready = failing = False
+        called = met = failing = False
         while running := [rank for rank in self.ranks if rank.running]:
             left = deadline - time.monotonic()
             if left <= 0:
                 break
             for rank in wait([rank.connection for rank in running], left):
                 next(each for each in running if each.connection is rank).read()
-            if not ready and all(rank.ready or not rank.running for rank in self.ranks):
-                ready, deadline = True, time.monotonic() + self.timeout
+            if not called and all(rank.here for rank in self.ranks):
+                called = True
+                self.tell("meet")
+            if not met and all(rank.met for rank in self.ranks):
+                met, deadline = True, time.monotonic() + self.timeout
             if not failing and any(rank.failed for rank in self.ranks):
                 failing = True
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
@@ -317,6 +327,12 @@ class _Group:
         if any(rank.running for rank in self.ranks):
             raise RanksTimeout(self.stacks(), self.timeout)
         return [rank.outcome for rank in self.ranks if rank.outcome is not None]
+
+    def tell(self, word: str) -> None:
+        """Send every rank a word; one that is gone shows by its pipe."""
+        for rank in self.ranks:
+            with contextlib.suppress(OSError):
+                rank.connection.send(word)
 
     def stacks(self) -> dict[int, str]:
         """What each rank is doing, from its own fault handler; how it ended, if it has."""
@@ -359,11 +375,10 @@ class _Group:
 
     def close(self, clean: bool) -> None:
         """Let finished ranks go, end the others, and reap all of them."""
+        if clean:
+            self.tell("release")
         for rank in self.ranks:
-            if clean:
-                with contextlib.suppress(OSError):
-                    rank.connection.send("release")
-            else:
+            if not clean:
                 rank.signal(signal.SIGKILL)
         for rank in self.ranks:
             rank.process.join(5.0 if clean else 2.0)
@@ -388,9 +403,9 @@ def run(
     """Call `fn(rank_context, *args)` on `world_size` fresh ranks; its results, by rank.
 
     `fn` is a module-level function. Arguments and results are pickled; tensors arrive on the CPU.
-    `device` is `cpu` (gloo) or `cuda` (NCCL, rank i on device i). `timeout` is in seconds, from the
-    moment all ranks run. Under `torchrun` the same call runs on the ranks that are there, and every
-    rank gets all results.
+    `device` is `cpu` (gloo) or `cuda` (NCCL, rank i on device i). `timeout` is in seconds, from
+    when all ranks have met. Under `torchrun` the same call runs on the ranks that are there, and
+    every rank gets all results.
 
     Raises RankFailed, RanksTimeout, and WrongWorldSize under a launcher with another number of
     ranks.

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from conformance import prebuilt
 from conformance.case import Case
 from conformance.gathering import LocalOptimizer, gathered, local
 from conformance.implementation import load
@@ -36,6 +37,7 @@ ROWS = 4
 MAX_NORM = 0.1
 TRAINING_RATE = 0.05  # of gradients clipped to MAX_NORM
 IGNORE = -100
+PARTS = ("accumulation", "training", "exact")
 # AdamW of the parity step: an element whose gradient is the noise of float32 islands must not move
 # at full rate.
 RATE, EPSILON = 1e-3, 1e-6
@@ -120,11 +122,15 @@ class Job:
         """Over how many ranks gradients are averaged."""
         return 1 if self.strategy in (*SHARDED_BY_TENSOR, "single") else self.ranks
 
-    def model(self, setting: Setting) -> nn.Module:
-        """Built, prepared and spread, adapters filled by name."""
+    def model(self, setting: Setting, anew: bool = False) -> nn.Module:
+        """Built, prepared and spread, adapters filled by name. anew: loaded by this very rank."""
         subject = self.subject
         plan = self.plan(setting)
-        built = subject.impl.build(self.path, plan, self.mesh)
+        ready = None
+        if not anew:
+            alone = self.mesh is None
+            ready = subject.built(plan, setting) if alone else prebuilt.take(subject, plan)
+        built = ready or subject.impl.build(self.path, plan, self.mesh)
         if next(built.parameters()).device.type != subject.device.partition(":")[0]:
             built = built.to(subject.device)  # `to` unties what was sharded while loading
         model = subject.adopt(built, plan, setting.tuning != "full")
@@ -376,13 +382,15 @@ def observe_exact(job: Job, seen: Spread) -> None:
     seen.parameters = parameters_of(model, trainable=True)
 
 
-def observe(job: Job, whole: bool = True) -> Spread:
-    """Everything that the parity checks read; the float32 step alone where not `whole`."""
+def observe(job: Job, parts: frozenset[str] = frozenset(PARTS)) -> Spread:
+    """The step in the setting's dtype and the named parts of `PARTS`; none changes another."""
     seen = Spread()
     model = observe_step(job, seen)
-    if whole:
+    if "accumulation" in parts:
         observe_accumulation(job, model, seen)
+    if "training" in parts:
         observe_training(job, model, seen)
+    if "exact" in parts:
         observe_exact(job, seen)
     return seen
 

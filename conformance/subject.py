@@ -142,8 +142,9 @@ class Subject:
 
     def _build_key(self, plan: Any, setting: Setting) -> tuple[Any, ...]:
         """By the adapter's word what its `build` reads of a plan, else all of it."""
-        if hasattr(self.impl, "build_key"):
-            return (self.impl.build_key(plan),)
+        key = self.impl.build_key(plan) if hasattr(self.impl, "build_key") else None
+        if key is not None:
+            return (key,)
         if self.claims("build"):
             return (setting, repr(getattr(plan, "decisions", None)))
         return (setting.dtype,)

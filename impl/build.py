@@ -40,8 +40,15 @@ def build(path: Path | str, plan: TrainingPlan, mesh: Any = None) -> nn.Module:
     return load_loudly(cls, Path(path), kwargs)
 
 
-def build_key(plan: TrainingPlan) -> tuple[Any, ...]:
-    """What `build` reads of a plan: plans of one key load the same model from a checkpoint."""
+def build_key(plan: TrainingPlan) -> tuple[Any, ...] | None:
+    """What `build` reads of a plan: plans of one key load the same model from a checkpoint.
+
+    None where the strategy shards while loading: each rank has its own part.
+    """
+    from .parallel_plan import SHARDED_WHILE_LOADING
+
+    if plan.strategy in SHARDED_WHILE_LOADING:
+        return None
     quantised = plan.strategy if plan.lora is not None and plan.lora.quantize_4bit else None
     return (plan.dtype, plan.attn_implementation, _experts(plan), quantised)
 

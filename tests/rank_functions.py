@@ -39,6 +39,36 @@ def hello(context: RankContext, scale: torch.Tensor) -> dict[str, Any]:
     }
 
 
+def inherited(context: RankContext) -> dict[str, Any]:
+    """Whether the forkserver's mixtral is there, once, and equal to the installed class's."""
+    from conformance import prebuilt
+    from conformance.case import Case, Check
+    from conformance.checkpoint import build_stock
+    from conformance.families import MODELS
+    from conformance.implementation import load
+    from conformance.strategies import STRATEGIES
+    from conformance.subject import Subject
+
+    def subject(strategy: str) -> Subject:
+        case = Case(Check("A1"), MODELS["mixtral"], strategy=STRATEGIES[strategy])
+        return Subject(load("reference"), case)
+
+    sharded = prebuilt.take(subject("tp"), subject("tp").plan())
+    spread = subject("ddp")
+    found = prebuilt.take(spread, spread.plan())
+    again = prebuilt.take(spread, spread.plan())
+    wanted = dict(build_stock(MODELS["mixtral"]).named_parameters())
+    equal = found is not None and all(
+        torch.equal(p, wanted[name]) for name, p in found.named_parameters()
+    )
+    return {
+        "equal": equal,
+        "again": again is not None,
+        "sharded": sharded is not None,
+        "server threads": _threads(os.getppid()),
+    }
+
+
 def _threads(pid: int) -> int:
     """The threads of a process; 1 where that cannot be known."""
     tasks = Path(f"/proc/{pid}/task")

@@ -90,7 +90,14 @@ def test_starting_loss_of_edge_models(case: Case, subject: Subject, measured: Me
     assert not mine, f"{case.id}: {len(mine)} adapters have no gradient, such as {mine[0]}"
 
 
-@check("I04", needs=RANKS, models=("gemma4-dense",), strategies=("fsdp2",), marks=ISSUES)
+@check(
+    "I04",
+    needs=RANKS,
+    reads=("exact",),
+    models=("gemma4-dense",),
+    strategies=("fsdp2",),
+    marks=ISSUES,
+)
 def test_audio_layer_of_a_model_without(case: Case, subject: Subject, measured: Measured) -> None:
     """accelerate looks for layers that the model lacks; the plan names the decoder layer alone.
 
@@ -125,7 +132,14 @@ def test_clippable_linear(case: Case, subject: Subject, measured: Measured) -> N
     assert not starved, f"{case.id}: {len(starved)} adapters have no gradient"
 
 
-@check("I06", needs=RANKS, models=("gemma4-moe", "gemma3-vlm"), strategies=("ddp",), marks=ISSUES)
+@check(
+    "I06",
+    needs=RANKS,
+    reads=("exact",),
+    models=("gemma4-moe", "gemma3-vlm"),
+    strategies=("ddp",),
+    marks=ISSUES,
+)
 def test_ddp_row(case: Case, subject: Subject, measured: Measured) -> None:
     """DDP: the plan sets `ddp_find_unused_parameters`, and training equals one process.
 
@@ -152,7 +166,7 @@ def test_offload_rows(case: Case, subject: Subject, measured: Measured) -> None:
     value = subject.plan().decisions["ddp_find_unused_parameters"].value
     measured["find unused parameters"] = float(bool(value))
     assert not value, f"{case.id}: ddp_find_unused_parameters is {value} under offloading"
-    assert_step(subject, evidence.evidence(subject, whole=False), measured)
+    assert_step(subject, evidence.evidence(subject), measured)
 
 
 @check(
@@ -177,7 +191,14 @@ def test_fsdp1_row(case: Case, subject: Subject, measured: Measured) -> None:
     assert "uniform `requires_grad`" in seen["said"], f"{case.id}: flat parameters: {seen['said']}"
 
 
-@check("I09", needs=RANKS, models=("gemma4-moe",), strategies=("fsdp2",), marks=ISSUES)
+@check(
+    "I09",
+    needs=RANKS,
+    reads=("exact",),
+    models=("gemma4-moe",),
+    strategies=("fsdp2",),
+    marks=ISSUES,
+)
 def test_fsdp2_row(case: Case, subject: Subject, measured: Measured) -> None:
     """FSDP2 wraps `Gemma4TextDecoderLayer`; the class of the name without `Text` is no layer.
 

@@ -17,6 +17,7 @@ from conformance.tolerances import tolerance
 
 Measured = dict[str, float]
 NEEDS = ("plan", "build", "prepare", "parallelize", "loss")
+EXACT = ("exact",)  # post-step parameters
 DATA = ("ddp", "fsdp1", "fsdp2", "hsdp", "fsdp2_ep")
 EVERY = (*DATA, "tp", "tp_ep", "cp")
 ADAPTERS = ("lora", "lora-experts")
@@ -25,7 +26,7 @@ LORA_MODELS = ("gemma4-moe", "gemma4-e2b", "gemma3-vlm", "qwen3_5_moe", "mixtral
 FEW = ("gemma4-moe", "gemma4-e2b", "mixtral")
 
 
-@check("F01", needs=NEEDS, strategies=("ddp",))
+@check("F01", needs=NEEDS, reads=EXACT, strategies=("ddp",))
 def test_ddp_is_one_process(case: Case, subject: Subject, measured: Measured) -> None:
     """DDP gives the loss, every gradient and every parameter after the step of one process.
 
@@ -34,7 +35,7 @@ def test_ddp_is_one_process(case: Case, subject: Subject, measured: Measured) ->
     assert_step(subject, evidence.evidence(subject), measured)
 
 
-@check("F02", needs=NEEDS, strategies=("fsdp1", "fsdp2"))
+@check("F02", needs=NEEDS, reads=EXACT, strategies=("fsdp1", "fsdp2"))
 def test_fsdp_is_one_process(case: Case, subject: Subject, measured: Measured) -> None:
     """FSDP gives the step of one process, and a rank keeps its share of weights and gradients.
 
@@ -71,7 +72,9 @@ def test_unused_parameters_are_known(case: Case, subject: Subject, measured: Mea
     assert trained, f"{case.id}: the plan's own DDP does not finish two steps"
 
 
-@check("F04", needs=NEEDS, any_of=("vision", "audio"), strategies=("fsdp2",))
+@check(
+    "F04", needs=NEEDS, reads=("accumulation",), any_of=("vision", "audio"), strategies=("fsdp2",)
+)
 def test_unfed_tower_under_accumulation(case: Case, subject: Subject, measured: Measured) -> None:
     """Two batches without images, reduced once, give one process's gradients, towers unfed.
 
@@ -120,7 +123,7 @@ def test_ranks_load_the_same(case: Case, subject: Subject, measured: Measured) -
         assert not wrong, f"{case.id}: rank {number}: {len(wrong)} differ, such as {wrong[0]}"
 
 
-@check("F10", needs=NEEDS, strategies=("hsdp",))
+@check("F10", needs=NEEDS, reads=EXACT, strategies=("hsdp",))
 def test_hybrid_is_one_process(case: Case, subject: Subject, measured: Measured) -> None:
     """Sharded over pairs and replicated over two of them gives the step of one process.
 
@@ -131,7 +134,7 @@ def test_hybrid_is_one_process(case: Case, subject: Subject, measured: Measured)
     assert_step(subject, seen, measured)
 
 
-@check("F11", needs=NEEDS, strategies=EVERY)
+@check("F11", needs=NEEDS, reads=("training",), one_a_family=True, strategies=EVERY)
 def test_clipping_is_one_process(case: Case, subject: Subject, measured: Measured) -> None:
     """The gradient norm and what clipping leaves are those of one process, on every rank.
 
@@ -146,7 +149,7 @@ def test_clipping_is_one_process(case: Case, subject: Subject, measured: Measure
     assert_number(subject, seen.first.clipped, single.clipped, row, measured, "clipped norm")
 
 
-@check("F12", needs=NEEDS, strategies=EVERY)
+@check("F12", needs=NEEDS, reads=("accumulation",), one_a_family=True, strategies=EVERY)
 def test_accumulating_without_sync(case: Case, subject: Subject, measured: Measured) -> None:
     """Two batches reduced once, two batches reduced twice, and one process: the same gradients.
 
@@ -186,7 +189,7 @@ def test_adapters_are_one_process(case: Case, subject: Subject, measured: Measur
 
     https://github.com/axolotl-ai-cloud/axolotl/pull/3403
     """
-    seen = evidence.evidence(subject, whole=False)
+    seen = evidence.evidence(subject)
     frozen = [name for name in seen.single.gradients if "lora_" not in name]
     assert not frozen, f"{case.id}: {frozen[:1]} is trained beside the adapters"
     assert_step(subject, seen, measured)
@@ -205,7 +208,7 @@ def test_adapters_under_hybrid(case: Case, subject: Subject, measured: Measured)
 
     https://github.com/axolotl-ai-cloud/axolotl/pull/3403
     """
-    seen = evidence.evidence(subject, whole=False)
+    seen = evidence.evidence(subject)
     assert len(seen.ranks) == 4, f"{case.id}: {len(seen.ranks)} ranks"
     assert all("lora_" in name for name in seen.single.gradients), f"{case.id}: base trains"
     assert_step(subject, seen, measured)
@@ -217,7 +220,7 @@ def test_every_adapter_trains_on_ranks(case: Case, subject: Subject, measured: M
 
     https://github.com/huggingface/peft/issues/899
     """
-    seen = evidence.evidence(subject, whole=False)
+    seen = evidence.evidence(subject)
     assert seen.single.gradients, f"{case.id}: one process trains nothing"
     measured["trained"] = len(seen.first.gradients)
     for number, rank in enumerate(seen.ranks):
@@ -227,7 +230,7 @@ def test_every_adapter_trains_on_ranks(case: Case, subject: Subject, measured: M
         )
 
 
-@check("F15", needs=NEEDS, strategies=EVERY)
+@check("F15", needs=NEEDS, reads=("training",), one_a_family=True, strategies=EVERY)
 def test_evaluation_after_training(case: Case, subject: Subject, measured: Measured) -> None:
     """After two steps the evaluation loss is that of one process, the same rank by rank.
 
@@ -239,7 +242,7 @@ def test_evaluation_after_training(case: Case, subject: Subject, measured: Measu
     assert_number(subject, seen.first.evaluated, seen.single.evaluated, row, measured, "loss")
 
 
-@check("F16", needs=NEEDS, strategies=EVERY)
+@check("F16", needs=NEEDS, reads=("training",), one_a_family=True, strategies=EVERY)
 def test_ranks_stay_equal(case: Case, subject: Subject, measured: Measured) -> None:
     """After two steps every rank holds bitwise the same whole parameters, and they have moved.
 

@@ -22,6 +22,7 @@ Measured = dict[str, float]
     strategies=("ddp", "fsdp1", "fsdp2", "hsdp", "tp", "cp"),
     marks=("ranks",),
     lone_rank=True,
+    reads=("exact",),
 )
 def test_one_rank_is_one_process(case: Case, subject: Subject, measured: Measured) -> None:
     """A strategy of one rank gives the loss, gradients, step and saved adapter of one process.

@@ -18,13 +18,14 @@ from conformance.tolerances import tolerance
 
 Measured = dict[str, float]
 NEEDS = ("plan", "build", "prepare", "parallelize", "loss")
+EXACT = ("exact",)  # post-step parameters
 EXPERTS = ("eager", "grouped_mm", "batched_mm")
 LORA_MODELS = ("gemma4-moe", "gemma4-e2b", "gemma3-vlm", "qwen3_5_moe", "mixtral")
 PACKED = ("gemma4-e2b", "gemma3-text", "qwen3_5_moe", "qwen3_next", "mixtral")
 SPREAD = ("ddp", "fsdp1", "fsdp2", "hsdp", "fsdp2_ep", "tp", "tp_ep", "cp")
 
 
-@check("F07", needs=NEEDS, strategies=("tp",))
+@check("F07", needs=NEEDS, reads=EXACT, strategies=("tp",))
 def test_tensor_parallel_is_one_process(case: Case, subject: Subject, measured: Measured) -> None:
     """Tensor parallel gives the step of one process, and each rank holds a part of the weights.
 
@@ -37,7 +38,7 @@ def test_tensor_parallel_is_one_process(case: Case, subject: Subject, measured: 
     assert_step(subject, seen, measured)
 
 
-@check("F08", needs=NEEDS, traits=("moe",), strategies=("tp_ep", "fsdp2_ep"))
+@check("F08", needs=NEEDS, reads=EXACT, traits=("moe",), strategies=("tp_ep", "fsdp2_ep"))
 def test_expert_parallel_is_one_process(case: Case, subject: Subject, measured: Measured) -> None:
     """Expert parallel gives the step of one process, and each rank holds its share of experts.
 
@@ -72,7 +73,7 @@ def test_expert_steps_in_poisoned_memory(case: Case, subject: Subject, measured:
             assert_number(subject, got, want, row, measured, f"loss {number}, {name}")
 
 
-@check("F09", needs=NEEDS, strategies=("cp",))
+@check("F09", needs=NEEDS, reads=EXACT, strategies=("cp",))
 def test_context_parallel_is_one_process(case: Case, subject: Subject, measured: Measured) -> None:
     """Rows split over ranks give the step of one process, sliding windows across the cut too.
 
@@ -90,7 +91,7 @@ def test_context_parallel_of_packed_rows(case: Case, subject: Subject, measured:
 
     https://github.com/axolotl-ai-cloud/axolotl/pull/3572
     """
-    seen = evidence.evidence(subject, whole=False)
+    seen = evidence.evidence(subject)
     assert_step(subject, seen, measured)
 
 
@@ -100,7 +101,7 @@ def test_context_parallel_of_images(case: Case, subject: Subject, measured: Meas
 
     https://github.com/axolotl-ai-cloud/axolotl/pull/3498
     """
-    seen = evidence.evidence(subject, whole=False)
+    seen = evidence.evidence(subject)
     batch = subject.batch()
     assert "pixel_values" in batch, f"{case.id}: the batch has no image"
     assert_step(subject, seen, measured)
@@ -129,7 +130,7 @@ def test_spreading_takes_effect(case: Case, subject: Subject, measured: Measured
         assert 0 < local * strategy.ranks == in_all, f"{case.id}: {local} of {in_all} experts"
 
 
-@check("L05", needs=NEEDS, strategies=("tp", "tp_ep", "cp"))
+@check("L05", needs=NEEDS, reads=("training",), one_a_family=True, strategies=("tp", "tp_ep", "cp"))
 def test_loss_scale_of_shared_rows(case: Case, subject: Subject, measured: Measured) -> None:
     """Ranks that share rows do not multiply the loss, the norm, or the gradients.
 

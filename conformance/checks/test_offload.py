@@ -136,6 +136,6 @@ def test_offloading_on_ranks(case: Case, subject: Subject, measured: Measured) -
 
     https://github.com/pytorch/torchtune/issues/2683
     """
-    seen = evidence.evidence(subject, whole=False)
+    seen = evidence.evidence(subject)
     assert seen.single.gradients, f"{case.id}: one process trains nothing"
     evidence.assert_step(subject, seen, measured)

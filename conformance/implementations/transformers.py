@@ -5,7 +5,9 @@ Its known failures are in `transformers_expectations.py` beside this file.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,8 +179,10 @@ class StockTransformers:
         return model_class.from_pretrained(path, **options)
 
     def build_key(self, plan: StockPlan) -> Any:
-        """What `build` reads of a plan."""
-        return (plan.setting.dtype, plan.setting.tuning == "qlora", plan.strategy)
+        """What `build` reads of a plan; None where transformers shards while loading."""
+        if plan.strategy in spread.SHARDED_WHILE_LOADING:
+            return None
+        return (plan.setting.dtype, plan.setting.tuning == "qlora")
 
     def prepare(self, model: Any, plan: StockPlan) -> Any:
         """Checkpointing by the model's own switch, adapters by PEFT, no cache (as Trainer does)."""
@@ -263,7 +267,7 @@ class StockTransformers:
         """HF `Trainer` with its defaults, but for what makes two runs comparable."""
         import transformers
 
-        directory = options.get("output_dir") or tempfile.mkdtemp(prefix="conformance-")
+        directory = options.get("output_dir") or tempfile.mkdtemp(prefix="conformance-fit-")
         arguments = transformers.TrainingArguments(
             output_dir=str(directory),
             max_steps=options["steps"],
@@ -289,6 +293,8 @@ class StockTransformers:
             train_dataset=list(samples),
             data_collator=lambda rows: self.collate(rows, plan),
         )
+        if not options.get("output_dir"):  # the trainer is read, and evaluates, after its training
+            weakref.finalize(trainer, shutil.rmtree, directory, ignore_errors=True)
         trainer.train(resume_from_checkpoint=options.get("resume"))
         return trainer
 
