@@ -23,6 +23,8 @@ RANKS = {
     "cp": 2,
 }
 FSDP = frozenset({"fsdp1", "fsdp2", "hsdp", "fsdp2_ep"})
+# Their model is spread already when it comes from `parallel_tensor.load_sharded`.
+SHARDED_WHILE_LOADING = frozenset({"tp", "tp_ep", "fsdp2_ep"})
 
 # What a user may ask for against the defaults, by the specification's names where it has one.
 WISHES: Mapping[str, tuple[type, ...]] = {

@@ -122,7 +122,7 @@ class StockTransformers:
             "gradient_checkpointing_kwargs": kwargs,
             "lora_target_modules": options.get("lora_targets", "all-linear"),
             "lora_target_parameters": options.get("lora_target_parameters", list(EXPERT_PARAMETERS))
-            if setting.tuning == "lora-experts"
+            if setting.tuning == "lora-experts" or "lora_target_parameters" in options
             else [],
             "sample_packing": setting.batch == "packed",
         }

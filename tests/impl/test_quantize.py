@@ -93,6 +93,17 @@ def test_experts_and_projections_are_packed(name: str) -> None:
     assert not any("tower" in n for n, m in model.named_modules() if hasattr(m, "quant_state"))
 
 
+def test_an_adapter_adds_no_bytes_but_its_own() -> None:
+    model = built("gemma4-text")
+    before = bytes_by_dtype(model)
+    ready = prepare(model, plan("gemma4-text"))
+    own = sum(p.numel() * p.element_size() for p in ready.parameters() if p.requires_grad)
+    after = bytes_by_dtype(ready)
+    assert after["uint8"] == before["uint8"] > 0
+    assert after["float32"] == before["float32"] + own
+    undo(ready)
+
+
 def by_meaning(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by their keys on disk: PEFT nests adapters of packed experts in another order."""
     tensors: Any = dict(model.named_parameters())
