@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from conformance.checks.conversations import (
 from conformance.subject import Subject
 
 Measured = dict[str, float]
-Decline = Callable[[str], None]
 PICTURES: dict[str, Any] = {
     "models": processors.WITH_PICTURES,
     "settings": ("images",),
@@ -38,38 +36,32 @@ def bad_rows(kind: str) -> list[processors.Conversation]:
 
 
 @check("V23", needs=("plan", "chat"), **PICTURES)
-def test_a_broken_picture_is_named(case: Case, subject: Subject, unavailable: Decline) -> None:
+def test_a_broken_picture_is_named(case: Case, subject: Subject, image_kit: str) -> None:
     """A file that is no picture is one clear error naming the sample, and no batch is made.
 
     issue 15: broken images
     """
-    if reason := processors.missing(subject.model_spec.name, "image"):
-        return unavailable(reason)
     assert_names_its_sample(case, subject, bad_rows("broken"), 2, processors.BAD["broken"])
 
 
 @check("V24", needs=("plan", "chat"), **PICTURES)
-def test_a_truncated_picture_is_named(case: Case, subject: Subject, unavailable: Decline) -> None:
+def test_a_truncated_picture_is_named(case: Case, subject: Subject, image_kit: str) -> None:
     """A picture whose file ends early is one clear error naming the sample, and no batch is made.
 
     issue 15: truncated files
     """
-    if reason := processors.missing(subject.model_spec.name, "image"):
-        return unavailable(reason)
     assert_names_its_sample(case, subject, bad_rows("truncated"), 2, processors.BAD["truncated"])
 
 
 @check("V25", needs=("plan", "chat"), **PICTURES)
-def test_another_count_is_named(case: Case, subject: Subject, unavailable: Decline) -> None:
+def test_another_count_is_named(case: Case, subject: Subject, image_kit: str) -> None:
     """A placeholder written without a picture is one clear error naming the sample.
 
     https://github.com/huggingface/transformers/issues/35779
     """
-    name = subject.model_spec.name
-    if reason := processors.missing(name, "image"):
-        return unavailable(reason)
     rows = rows_of_pictures(("wide",), ("odd",), ("tall",))
-    rows[2][0]["content"].append({"type": "text", "text": processors.processor(name).image_token})
+    stray = processors.processor(image_kit).image_token
+    rows[2][0]["content"].append({"type": "text", "text": stray})
     assert_names_its_sample(case, subject, rows, 2, "")
 
 
@@ -79,7 +71,7 @@ def test_another_count_is_named(case: Case, subject: Subject, unavailable: Decli
     **{**PICTURES, "models": ("gemma4-dense", "gemma3-vlm", "qwen3_5")},
 )
 def test_a_bad_sample_takes_no_step(
-    case: Case, subject: Subject, measured: Measured, unavailable: Decline
+    case: Case, subject: Subject, measured: Measured, image_kit: str
 ) -> None:
     """In HF Trainer's loop a bad second micro-batch ends the run before any parameter moved.
 
@@ -87,8 +79,6 @@ def test_a_bad_sample_takes_no_step(
     """
     from transformers import Trainer, TrainingArguments
 
-    if reason := processors.missing(subject.model_spec.name, "image"):
-        return unavailable(reason)
     here, name = pictured(subject), subject.model_spec.name
     model, rows = here.stock("float32").cpu(), bad_rows("truncated")
     before = {n: p.detach().clone() for n, p in model.named_parameters()}

@@ -85,7 +85,7 @@ def test_adapters_of_ranks_come_back_and_merge(
         one = evidence.under(subject, "single")
         fresh = one.adopt(one.built(one.plan(), case.setting), one.plan(), adapters=False)
         model = subject.impl.load(fresh, Path(folder))
-    got = {n: p for n, p in rank_steps.parameters_of(model).items() if "lora_" in n}
+    got = {n: p for n, p in spread.parameters_of(model).items() if "lora_" in n}
     assert set(got) == set(want) and adapted_modules(model), f"{case.id}: other adapters"
     for name, parameter in want.items():
         assert bool(parameter.any()), f"{case.id}: {name} is zero"

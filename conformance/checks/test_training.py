@@ -8,12 +8,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from conformance import captioning
+from conformance import captioning, curves, processors
 from conformance.case import Case
 from conformance.check import check
+from conformance.checks.conversations import (
+    IGNORE,
+    chat,
+    expected,
+    pictured,
+    plan_of,
+    rows_of_pictures,
+)
 from conformance.lora import adapted_modules, expert_modules
 from conformance.observe import observe
 from conformance.subject import Subject
+from conformance.tolerances import tolerance
 
 Measured = dict[str, float]
 BATCH, STEPS, RATE = 16, 50, 7e-3
@@ -136,6 +145,45 @@ def fitted(model: nn.Module, subject: Subject) -> list[float]:
     losses = [float(row["loss"]) for row in done.state.log_history if "loss" in row]
     assert len(seen.steps) == STEPS, f"{len(seen.steps)} steps were taken, not {STEPS}"
     return losses
+
+
+@check(
+    "V31",
+    needs=("plan", "chat", "fit"),
+    models=("gemma4-dense", "gemma3-vlm", "qwen3_5"),
+    settings=("images",),
+    marks=("training", "vision"),
+)
+def test_conversations_through_the_loop(
+    case: Case, subject: Subject, measured: Measured, image_kit: str
+) -> None:
+    """Conversations with and without pictures train in the stack's own loop: on the assistant's
+    tokens alone from the first step on, and the loss falls.
+
+    https://github.com/huggingface/trl/issues/6577
+    """
+    here, rows = pictured(subject), rows_of_pictures()
+    plan, processor = plan_of(here), processors.processor(image_kit)
+    batch = chat(here, image_kit, rows)
+    batch["labels"] = torch.full_like(batch["labels"], IGNORE)
+    for row, messages in enumerate(rows):
+        _, labels = expected(image_kit, messages)
+        batch["labels"][row, : len(labels)] = torch.tensor(labels)
+    want = float(curves.plain_loss(here.stock("float32"), batch).detach())
+    model = here.model(plan=plan)
+    options: dict[str, Any] = {"steps": 8, "batch_size": len(rows), "lr": 1e-2}
+    with observe(model, optimizer_step=-1) as seen:
+        done = subject.impl.fit(model, rows, plan, processor=processor, **options)
+    losses = [float(row["loss"]) for row in done.state.log_history if "loss" in row]
+    assert len(seen.steps) == len(losses) == 8, f"{case.id}: {len(losses)} steps were taken"
+    measured["first loss"] = abs(losses[0] / want - 1)
+    measured["last loss"] = losses[-1]
+    limit = tolerance("loss/same-model")
+    assert measured["first loss"] <= limit.limit, (
+        f"{case.id}: the first loss is {losses[0]:.6g}, of the assistant's tokens {want:.6g}; off"
+        f" by {measured['first loss']:.3g}, tolerance {limit.limit:g}"
+    )
+    assert losses[-1] < losses[0] / 2, f"{case.id}: the loss goes from {losses[0]} to {losses[-1]}"
 
 
 @check(

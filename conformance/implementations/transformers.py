@@ -101,7 +101,15 @@ class StockTransformers:
                 ),
             ),
         ),
-        Capability("chat"),
+        Capability(
+            "chat",
+            excludes=(
+                Exclusion(
+                    "what trains is what the template marks as generated; nothing chooses roles",
+                    checks=frozenset({"T09"}),
+                ),
+            ),
+        ),
         Capability("loss"),
         Capability("fit"),
         Capability("save"),
@@ -263,6 +271,7 @@ class StockTransformers:
         """HF `Trainer` with its defaults, but for what makes two runs comparable."""
         import transformers
 
+        processor = options.get("processor")
         directory = options.get("output_dir") or tempfile.mkdtemp(prefix="conformance-")
         arguments = transformers.TrainingArguments(
             output_dir=str(directory),
@@ -279,7 +288,7 @@ class StockTransformers:
             report_to=[],
             use_cpu=next(model.parameters()).device.type == "cpu",
             disable_tqdm=True,
-            remove_unused_columns=options.get("remove_unused_columns", True),
+            remove_unused_columns=options.get("remove_unused_columns", processor is None),
             train_sampling_strategy=options.get("sampling", "sequential"),
             seed=0,
         )
@@ -287,7 +296,11 @@ class StockTransformers:
             model=model,
             args=arguments,
             train_dataset=list(samples),
-            data_collator=lambda rows: self.collate(rows, plan),
+            data_collator=(
+                (lambda rows: self.collate(rows, plan))
+                if processor is None
+                else (lambda rows: self.chat(rows, processor, plan))
+            ),
         )
         trainer.train(resume_from_checkpoint=options.get("resume"))
         return trainer
