@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from conformance.subject import Subject
 from conformance.tolerances import tolerance
 
 Measured = dict[str, float]
+Curve = Callable[..., None]
 BATCH, STEPS, RATE = 16, 50, 7e-3
 LORA = ("lora+images",)
 EXPERTS = ("lora-experts+images+kernels",)
@@ -42,8 +44,11 @@ def learner(subject: Subject) -> nn.Module:
     return model
 
 
-def judge(case: Case, losses: list[float], subject: Subject, measured: Measured) -> None:
+def judge(
+    case: Case, losses: list[float], subject: Subject, measured: Measured, curve: Curve
+) -> None:
     """The loss starts near ln V and ends below 1."""
+    curve("captions of pictures", "loss", subject.model_spec.name, losses)
     vocabulary = subject.model_spec.text_config["vocab_size"]
     end = sum(losses[-5:]) / 5
     measured["first loss"], measured["last loss"] = losses[0], end
@@ -76,7 +81,9 @@ def towers(model: nn.Module, subject: Subject) -> dict[str, torch.Tensor]:
     settings=LORA,
     marks=("training", "vision"),
 )
-def test_captioning_own_loop(case: Case, subject: Subject, measured: Measured) -> None:
+def test_captioning_own_loop(
+    case: Case, subject: Subject, measured: Measured, curve: Curve
+) -> None:
     """LoRA by the language model's regex, towers frozen, learns captions in fifty steps.
 
     https://docs.axolotl.ai/docs/multimodal.html
@@ -89,7 +96,7 @@ def test_captioning_own_loop(case: Case, subject: Subject, measured: Measured) -
     assert not stray, f"{case.id}: {len(stray)} adapters in frozen towers, such as {stray[0]}"
     task = captioning.task(subject.model_spec, BATCH * STEPS)
     losses = captioning.train(model, task, subject, steps=STEPS, batch_size=BATCH, rate=RATE)
-    judge(case, losses, subject, measured)
+    judge(case, losses, subject, measured, curve)
     check_towers(case, model, subject, before)
 
 
@@ -101,7 +108,7 @@ def test_captioning_own_loop(case: Case, subject: Subject, measured: Measured) -
     marks=("training", "vision"),
 )
 def test_captioning_with_expert_lora_and_kernels(
-    case: Case, subject: Subject, measured: Measured
+    case: Case, subject: Subject, measured: Measured, curve: Curve
 ) -> None:
     """Expert LoRA with the kernels on learns captions in fifty steps of the stack's own loop.
 
@@ -113,7 +120,7 @@ def test_captioning_with_expert_lora_and_kernels(
     held = {n for n in adapted_modules(model) if any(n.startswith(e) for e in experts)}
     assert held, f"{case.id}: no adapter on the experts"
     losses = fitted(model, subject)
-    judge(case, losses, subject, measured)
+    judge(case, losses, subject, measured, curve)
     check_towers(case, model, subject, before)
 
 
@@ -124,7 +131,9 @@ def test_captioning_with_expert_lora_and_kernels(
     settings=LORA,
     marks=("training", "vision"),
 )
-def test_captioning_by_fit(case: Case, subject: Subject, measured: Measured) -> None:
+def test_captioning_by_fit(
+    case: Case, subject: Subject, measured: Measured, curve: Curve
+) -> None:
     """The stack's own loop keeps the pixels: captions are learnt in fifty steps.
 
     https://docs.axolotl.ai/docs/multimodal.html, remove_unused_columns
@@ -132,7 +141,7 @@ def test_captioning_by_fit(case: Case, subject: Subject, measured: Measured) -> 
     model = learner(subject)
     before = towers(model, subject)
     losses = fitted(model, subject)
-    judge(case, losses, subject, measured)
+    judge(case, losses, subject, measured, curve)
     check_towers(case, model, subject, before)
 
 
