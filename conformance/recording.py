@@ -44,7 +44,8 @@ class Recorder:
             return
         row = self.rows.setdefault(case_id, {"case_id": case_id, "duration": 0.0})
         row["duration"] += report.duration
-        self.curves += properties.get("curves", [])
+        drawn: Any = properties.get("curves", [])
+        self.curves += drawn
         row["measured"] = properties.get("measured", row.get("measured", {}))
         verdict = _verdict(report, properties)
         if verdict and row.get("verdict") not in ("failed", "error", "timeout", "xpassed"):

@@ -111,6 +111,9 @@ def fit(
     """
     if steps < 1 or batch_size < 1 or accumulation < 1:
         raise Refused("fit: steps, batch_size and accumulation must be positive")
+    if not samples:
+        raise Refused("fit: there are no samples")
+    _check_kind(samples, processor)
     ready = model if state_of(model) is not None else prepare(model, plan)
     if resume is not None and not Path(resume).is_dir():
         raise Refused(f"fit: no checkpoint directory {resume}")
@@ -143,6 +146,17 @@ def fit(
         )
         _train(trainer, config, None if resume is None else str(resume))
     return trainer
+
+
+def _check_kind(samples: Sequence[Any], processor: Any) -> None:
+    """Refused: a sample that is no mapping, or with a processor no sequence of messages."""
+    for number, sample in enumerate(samples):
+        if processor is None and not isinstance(sample, Mapping):
+            kind = type(sample).__name__
+            raise Refused(f"fit: sample {number} is a {kind}; conversations need processor=")
+        messages = sample if isinstance(sample, list | tuple) else [None]
+        if processor is not None and not all(isinstance(m, Mapping) for m in messages):
+            raise Refused(f"fit: sample {number} is no conversation, a list of messages")
 
 
 def _collator(model: nn.Module, plan: TrainingPlan, processor: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from typing import Any
 
@@ -103,3 +104,44 @@ def test_a_bad_sample_takes_no_step(
             assert not moved, f"{case.id}: {len(moved)} parameters moved, such as {moved[0]}"
             return
     raise AssertionError(f"{case.id}: the run went on with a truncated picture")
+
+
+def bad_conversations(name: str) -> dict[str, tuple[list[processors.Conversation], Any]]:
+    """Three rows of which the last is bad, and the processor that reads them, by what is wrong."""
+    sound = processors.processor(name)
+    stray = rows_of_pictures(("wide",), ("odd",), ("tall",))
+    stray[2][0]["content"].append({"type": "text", "text": sound.image_token})
+    found = {kind: (bad_rows(kind), sound) for kind in ("broken", "truncated")}
+    return {**found, "another count": (stray, sound)}
+
+
+@check(
+    "V32",
+    needs=("plan", "chat", "fit"),
+    **{**PICTURES, "models": ("gemma3-vlm", "qwen3_5"), "marks": ("vision", "training")},
+)
+def test_the_loop_names_a_bad_sample(
+    case: Case, subject: Subject, measured: Measured, image_kit: str
+) -> None:
+    """In the stack's own loop a bad conversation ends the run before a step, named by its number in
+    the data set, not by its place in a micro-batch.
+
+    issue 15: each one clear error naming the sample; no partial step is taken
+    """
+    here = pictured(subject)
+    plan, options = plan_of(here), {"steps": 1, "batch_size": 1, "accumulation": 3}
+    for what, (rows, processor) in bad_conversations(image_kit).items():
+        model = here.model(plan=plan)
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        try:
+            subject.impl.fit(model, rows, plan, processor=processor, **options)
+        except subject.declines(ValueError, OSError, RuntimeError) as error:
+            text = str(error).strip()
+        else:
+            raise AssertionError(f"{case.id}: {what}: the run went on")
+        measured[what] = len(text)
+        moved = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
+        assert not moved, f"{case.id}: {what}: {len(moved)} parameters moved, such as {moved[0]}"
+        assert "\n" not in text, f"{case.id}: {what}: the message has several lines: {text}"
+        named = re.search(r"(conversation|sample|row|example|index)\W*2\b", text)
+        assert named, f"{case.id}: {what}: which sample it is is not said: {text}"

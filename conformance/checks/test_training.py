@@ -131,9 +131,7 @@ def test_captioning_with_expert_lora_and_kernels(
     settings=LORA,
     marks=("training", "vision"),
 )
-def test_captioning_by_fit(
-    case: Case, subject: Subject, measured: Measured, curve: Curve
-) -> None:
+def test_captioning_by_fit(case: Case, subject: Subject, measured: Measured, curve: Curve) -> None:
     """The stack's own loop keeps the pixels: captions are learnt in fifty steps.
 
     https://docs.axolotl.ai/docs/multimodal.html, remove_unused_columns

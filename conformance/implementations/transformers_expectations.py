@@ -395,7 +395,7 @@ CONVERSATIONS = (
         f"{_AXOLOTL}/3625",
     ),
     *_each(
-        ("V24/*/images/single", "V25/*/images/single", "V23/gemma4-unified/images/single"),
+        ("V2[45]/*/images/single", "V32/*/images/single", "V23/gemma4-unified/images/single"),
         "the error of a batch says what is wrong and not in which conversation (of a file that is"
         " no picture only where torchvision decodes it)",
         f"{_TRANSFORMERS}/35779",

@@ -13,6 +13,7 @@ from PIL import Image
 from conformance import processors
 from impl.chat import chat_sample, labels_of, marked_template, media_ids
 from impl.errors import ConfigError, Refused
+from impl.fit import fit
 from impl.label_rules import LabelRules
 from impl.multimodal_collate import collate_conversations
 from impl.pictures import opened
@@ -180,3 +181,17 @@ def test_the_bad_conversation_of_a_batch_is_named() -> None:
     rows[1][1]["content"][0] = {"type": "image", "path": processors.bad_picture("truncated")}
     with pytest.raises(Refused, match=r"conversation 1: picture .*truncated"):
         collate_conversations(rows, processors.processor("gemma4-dense"), plan())
+
+
+@pytest.mark.parametrize(
+    ("samples", "processor", "said"),
+    [
+        ([], None, "no samples"),
+        (["hello"], object(), "sample 0 is no conversation"),
+        ([[{"role": "user", "content": "a"}], ["b"]], object(), "sample 1 is no conversation"),
+        ([[{"role": "user", "content": "a"}]], None, "sample 0 is a list; .* processor="),
+    ],
+)
+def test_fit_names_what_is_no_sample(samples: Any, processor: Any, said: str) -> None:
+    with pytest.raises(Refused, match=said):
+        fit(torch.nn.Linear(2, 2), samples, plan(), steps=1, processor=processor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +168,15 @@ def test_adapter_round_trip_and_merge(name: str, tmp_path: Path) -> None:
 def test_float64_is_refused() -> None:
     with pytest.raises(Refused, match="float64"):
         built("mixtral", dtype="float64")
+
+
+def test_what_cannot_be_adapted_is_named() -> None:
+    whole = replace(DENSE, modules_to_save=("q_proj",))
+    with pytest.raises(Refused, match=r"layers\.0\.self_attn\.q_proj is held in 4 bits"):
+        prepare(built("gemma4-text", lora=whole), plan("gemma4-text", lora=whole))
+    model: Any = built("gemma4-text")
+    odd = nn.Embedding(2, 3)
+    odd.weight = nn.Parameter(torch.zeros(2, 3, dtype=torch.uint8), requires_grad=False)
+    model.model.layers[1].self_attn.q_proj = odd
+    with pytest.raises(Refused, match=r"layers\.1\.self_attn\.q_proj is a quantised Embedding"):
+        prepare(model, plan("gemma4-text"))

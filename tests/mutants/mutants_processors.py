@@ -1,4 +1,4 @@
-"""Bugs of processors, templates and conversations: T01 to T09, V09, V11, V21 to V31."""
+"""Bugs of processors, templates and conversations: T01 to T09, V09, V11, V21 to V32."""
 
 from __future__ import annotations
 
@@ -298,3 +298,13 @@ def a_sound_has_a_token_fewer(patch: pytest.MonkeyPatch) -> None:
 def the_loop_trains_on_questions(patch: pytest.MonkeyPatch) -> None:
     """In the loop every token of a conversation is learnt, the pictures' among them."""
     labelling(patch, lambda labels, ids, turns, processor: ids)
+
+
+@mutant("generic-place", case="V32/gemma3-vlm/images/single", issue=f"{ISSUE}/35779")
+def the_place_in_the_batch_is_named(patch: pytest.MonkeyPatch) -> None:
+    """Of a data set of a million rows number 0 is bad, says a micro-batch of one."""
+
+    def collate(original: Any, *args: Any, indices: Any = None, **options: Any) -> Any:
+        return original(*args, **options)
+
+    calling(patch, "impl.fit:collate_conversations", collate)
