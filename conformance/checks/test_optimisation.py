@@ -185,6 +185,7 @@ def test_runaway_scale_is_repaired(case: Case, subject: Subject, measured: Measu
     models=("qwen3_5_moe-text",),
     marks=("training",),
     nightly=True,
+    correctness=False,  # it takes a minute; its mutants are those of W03
 )
 def test_a_rarely_fed_layer_runs_away(
     case: Case, subject: Subject, measured: Measured, curve: Any
