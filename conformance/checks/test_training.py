@@ -208,9 +208,9 @@ def test_unseen_captions(case: Case, subject: Subject, measured: Measured) -> No
     issue 15, part 2
     """
     model = subject.model(options={"freeze_mm_modules": True})
-    steps, rate = captioning.WHOLE[subject.model_spec.name]
-    task = captioning.task(subject.model_spec, 32 * steps)
-    captioning.train(model, task, subject, steps=steps, batch_size=32, rate=rate, decay=True)
+    steps, size, rate = captioning.WHOLE[subject.model_spec.name]
+    task = captioning.task(subject.model_spec, size * steps)
+    captioning.train(model, task, subject, steps=steps, batch_size=size, rate=rate, decay=True)
     right = captioning.right(model, task.unseen, subject)
     swapped = captioning.right(model, captioning.swapped(task.unseen), subject)
     measured["right"], measured["right when swapped"] = right, swapped
