@@ -44,6 +44,7 @@ def run_check(case: Case, loaded: Loaded, device: str = "cpu") -> dict[str, floa
 
     Raises what the check raises (AssertionError: the claim does not hold), and Declined.
     """
+    from conformance import processors
     from conformance.subject import bound
 
     function = checks()[case.check.id][1]
@@ -63,8 +64,12 @@ def run_check(case: Case, loaded: Loaded, device: str = "cpu") -> dict[str, floa
             "tmp_path": Path(scratch),
             "unsupported": decline,
             "unavailable": decline,
+            "curve": lambda *args, **options: None,
         }
         wanted = inspect.signature(function).parameters
+        for name in set(wanted) & set(processors.FIXTURES):
+            assert case.model is not None
+            offered[name] = processors.kit_of(case.model.name, name, decline)
         unknown = set(wanted) - set(offered)
         if unknown:
             raise TypeError(f"check {case.check.id} asks for {sorted(unknown)}, offered by pytest")

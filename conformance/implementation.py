@@ -136,7 +136,8 @@ class Implementation(Protocol):
         options, all optional: lora_targets (a PEFT spec: "all-linear", a list of names, a regex),
         lora_target_parameters (full paths), lora_r, lora_alpha, lora_dropout, use_rslora,
         modules_to_save, freeze_mm_modules, auxiliary_loss (asks for the router's loss),
-        experts_implementation (a name of transformers', such as "sonicmoe").
+        experts_implementation (a name of transformers', such as "sonicmoe"), and for `chat`
+        train_on_inputs, roles_to_train, train_on_eos ("turn", "all", "last", "none").
         """
 
     def build(self, path: Path, plan: TrainingPlan, mesh: Any = None) -> nn.Module:
@@ -182,7 +183,8 @@ class Implementation(Protocol):
         self, model: nn.Module, samples: Sequence[Any], plan: TrainingPlan, **options: Any
     ) -> None:
         """The stack's own training loop. options: steps, batch_size, accumulation, lr, output_dir,
-        resume (a checkpoint directory or None), max_grad_norm, label_smoothing.
+        resume (a checkpoint directory or None), max_grad_norm, label_smoothing, processor (then
+        samples are conversations, which the loop itself makes batches of, as `chat` does).
         """
 
     def save(self, model: nn.Module, path: Path) -> None:

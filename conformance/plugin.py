@@ -327,6 +327,20 @@ def measured(request: pytest.FixtureRequest) -> Iterator[dict[str, float]]:
 
 
 @pytest.fixture
+def curve(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Call it with a figure's name, what it shows, a series' name and its values, one a step (or
+    every so many steps): the page draws them."""
+    drawn: list[tuple[str, str, str, list[tuple[int, float]]]] = []
+
+    def draw(figure: str, metric: str, series: str, values: Any, every: int = 1) -> None:
+        points = [((i + 1) * every, float(value)) for i, value in enumerate(values)]
+        drawn.append((figure, metric, series, points))
+
+    yield draw
+    request.node.user_properties.append(("curves", drawn))
+
+
+@pytest.fixture
 def subject(request: pytest.FixtureRequest) -> Iterator[Any]:
     """The implementation under test, bound to the case."""
     from conformance.subject import bound

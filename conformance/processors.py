@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -124,6 +124,13 @@ KITS: dict[str, Kit] = {
 WITH_PICTURES = tuple(n for n, kit in KITS.items() if kit.count and "vision" in MODELS[n].traits)
 WITH_SOUND = tuple(n for n, kit in KITS.items() if kit.audio and "audio" in MODELS[n].traits)
 WITH_VIDEO = tuple(n for n, kit in KITS.items() if kit.video)
+# What checks ask for by the name of a fixture: the model's name, where its processor takes these.
+FIXTURES: dict[str, tuple[str, ...]] = {
+    "kit": (),
+    "image_kit": ("image",),
+    "sound_kit": ("audio",),
+    "video_kit": ("video",),
+}
 # One model of each processor and of each tokenizer that is used alone.
 EACH_LAYOUT = (
     *("gemma4-dense", "gemma4-e2b", "gemma4-unified", "gemma4-text", "gemma3-vlm", "gemma3-text"),
@@ -156,6 +163,13 @@ def missing(name: str, *kinds: str) -> str | None:
         except (AttributeError, ImportError) as error:
             return f"{named[0]} {_lacks(error)}"
     return None
+
+
+def kit_of(name: str, fixture: str, decline: Callable[[str], None]) -> str:
+    """The model's name, its processor being there; what `FIXTURES` demands is declined without."""
+    if reason := missing(name, *FIXTURES[fixture]):
+        decline(reason)
+    return name
 
 
 def _lacks(error: BaseException) -> str:

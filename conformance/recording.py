@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import pytest
 
 if TYPE_CHECKING:
     from conformance.plugin import Run
-    from conformance.report import Report
+    from conformance.report import Bench, Report
 
 
 CRASHED = "???"  # xdist's name for the phase in which a worker died
@@ -25,6 +26,7 @@ class Recorder:
         self.config = config
         self.run = run
         self.rows: dict[str, dict[str, Any]] = {}
+        self.curves: list[Any] = []
         self.stale: str | None = None
         self.uncollected: dict[str, str] = {}
         from conformance.report import now
@@ -42,6 +44,8 @@ class Recorder:
             return
         row = self.rows.setdefault(case_id, {"case_id": case_id, "duration": 0.0})
         row["duration"] += report.duration
+        drawn: Any = properties.get("curves", [])
+        self.curves += drawn
         row["measured"] = properties.get("measured", row.get("measured", {}))
         verdict = _verdict(report, properties)
         if verdict and row.get("verdict") not in ("failed", "error", "timeout", "xpassed"):
@@ -69,6 +73,7 @@ class Recorder:
             exit=status,
             checks=run.checks if run else {},
             uncollected=tuple(sorted(self.uncollected.values())),
+            bench=tuple(_points(self.curves)),
         )
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
@@ -123,6 +128,19 @@ def _crash(report: pytest.TestReport) -> dict[str, Any]:
     if found is None or "checks/" not in report.nodeid:
         return {}
     return {"case_id": found[1], "message": str(report.longrepr), "exception": "worker crashed"}
+
+
+def _points(curves: Iterable[Any]) -> Iterator[Bench]:
+    """Each curve thinned to forty points. A series is its own peer: no comparison times it."""
+    from conformance.report import Bench
+
+    for figure, metric, series, points in curves:
+        stride = max(1, -(-len(points) // 40))
+        for step, value in points[stride - 1 :: stride]:
+            yield Bench(
+                kernel=figure, provider=series, mode="training", metric=metric, unit="",
+                x_name="step", x_value=float(step), median=value, p20=value, p80=value, peer=series,
+            )  # fmt: skip
 
 
 def _device_name(device: str) -> str:

@@ -58,7 +58,8 @@ class Spread:
     this rank. tied: groups of names that are one weight. parameters: after one AdamW step in
     float64. experts: (here, in all) of each stacked expert weight. saved: the adapter as written
     before the step. starved: trainable parameters without a gradient. fed: (rows, tokens) that the
-    first layer is given.
+    first layer is given. frozen: bytes here of each parameter that is not trained, and under
+    "scales" those of all quantisation scales.
     """
 
     loss: float = 0.0
@@ -81,6 +82,7 @@ class Spread:
     saved: Tensors = field(default_factory=dict)
     starved: tuple[str, ...] = ()
     fed: tuple[int, int] = (0, 0)
+    frozen: dict[str, int] = field(default_factory=dict)
 
 
 def mesh_of(case: Case, device: str) -> Any:
@@ -222,6 +224,23 @@ def storage(tensors: Sequence[Tensor]) -> int:
     return sum(kept.values())
 
 
+def frozen_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes here of each frozen parameter by canonical name, and of all scales under "scales"."""
+    found = {
+        canonical_name(name): size([local(p)])
+        for name, p in model.named_parameters()
+        if not p.requires_grad
+    }
+    scales = {id(b): b for name, b in model.named_buffers() if name.endswith("absmax")}
+    for owner in (*model.modules(), *model.parameters()):
+        # sharding makes new parameters; bitsandbytes' layer keeps the scales of the first one
+        state = getattr(owner, "quant_state", None)
+        while state is not None:
+            scales[id(state.absmax)] = state.absmax
+            state = getattr(state, "state2", None)
+    return {**found, "scales": size(list(scales.values()))}
+
+
 def digest(tensor: Tensor) -> str:
     """A fingerprint of the exact values."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -308,7 +327,7 @@ def observe_step(job: Job, seen: Spread) -> nn.Module:
     setting = job.subject.case.setting
     model = job.model(setting)
     seen.tied = tied_groups(model)
-    if setting.tuning.startswith("lora") and job.subject.claims("save"):
+    if setting.tuning != "full" and job.subject.claims("save"):
         seen.saved = saved(job, model)
     samples = job.samples()
     seen.items = sum(int((s["labels"][1:] != IGNORE).sum()) for s in job.share(samples))
@@ -324,6 +343,8 @@ def observe_step(job: Job, seen: Spread) -> nn.Module:
     seen.gradient_bytes, seen.trained_bytes = size(parts), size([local(p) for p in trained])
     weights = [local(p) for p in model.parameters()]
     seen.weight_bytes, seen.storage_bytes = size(weights), storage(weights)
+    if setting.tuning == "qlora":
+        seen.frozen = frozen_bytes(model)
     seen.experts = {
         canonical_name(name): (local(p).shape[0], p.shape[0])
         for name, p in model.named_parameters()

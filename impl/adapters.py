@@ -69,6 +69,21 @@ def attach(model: nn.Module, plan: TrainingPlan) -> nn.Module:
     return adapted
 
 
+def _refuse_packed(model: nn.Module, lora: LoraPlan, names: Iterable[str]) -> None:
+    """Refused: a packed module of a kind that takes no adapter, or one that is to train whole."""
+    for name, module in model.named_modules():
+        own = list(module.parameters(recurse=False))
+        own += getattr(module, "parametrizations", nn.Module()).parameters()
+        if not any(not p.is_floating_point() or hasattr(p, "quant_state") for p in own):
+            continue
+        whole = [leaf for leaf in lora.modules_to_save if name.split(".")[-1] == leaf]
+        if whole:
+            raise Refused(f"modules_to_save: {name} is held in 4 bits and cannot be trained whole")
+        if name in names and not isinstance(module, nn.Linear):
+            kind = type(module).__name__
+            raise Refused(f"LoRA: {name} is a quantised {kind}, which takes no adapter")
+
+
 def make_whole(adapted: nn.Module) -> None:
     """Give adapters of layers that gather their sharded output a whole lora_B on every rank.
 
@@ -108,6 +123,7 @@ def peft_config(model: nn.Module, plan: TrainingPlan) -> Any:
     if not lora.target_modules and not lora.target_parameters:
         raise Refused("a LoRA plan needs target_modules or target_parameters")
     _refuse_frozen(model, plan, names)
+    _refuse_packed(model, lora, names)
     _refuse_absent_parameters(model, lora)
     return LoraConfig(
         r=lora.r,

@@ -101,8 +101,9 @@ def _sharded(cls: Any, path: Path, plan: TrainingPlan, kwargs: dict[str, Any]) -
     """Tensor or expert parallel, sharded by transformers while it loads."""
     import torch.distributed as dist
 
-    from .parallel_plan import SHARDED_WHILE_LOADING, ParallelPlan
+    from .parallel_plan import ParallelPlan
     from .parallel_tensor import load_sharded
+    from .plan_draft import SHARDED_WHILE_LOADING
 
     if plan.strategy not in SHARDED_WHILE_LOADING:
         return load_loudly(cls, path, kwargs)

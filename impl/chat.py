@@ -1,10 +1,11 @@
 """A conversation to a sample: rendered by the processor's own template, labelled where it trains.
 
-What trains is what the template marks as generated, which should be the assistant's turns; the stop
-token right behind a marked turn trains too, since a model that never learns it never stops
-(axolotl#3756). Pictures, sounds, videos and their begin and end tokens never do.
+What trains by default is what the template marks as generated, which should be the assistant's
+turns; the stop token right behind a marked turn trains too, since a model that never learns it
+never stops (axolotl#3756). `LabelRules` says otherwise. Pictures, sounds, videos and their begin
+and end tokens never train.
 
-Where a marked turn lies among the processor's tokens is counted here, from the turn tokens next to
+Where a turn lies among the processor's tokens is counted here, from the turn tokens next to
 it: transformers' own mask ignored until after 5.17 that pictures take more room than their
 placeholders (axolotl#3592 had the same).
 """
@@ -20,9 +21,11 @@ import torch
 from torch import Tensor
 
 from .errors import Refused
+from .label_rules import LabelRules
 from .loss import IGNORED
 from .model_facts import TYPE_ID_NAMES
 from .pictures import opened
+from .turns import Turn, turns
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PER_TOKEN = ("input_ids", "attention_mask", *TYPE_ID_NAMES)
@@ -31,33 +34,39 @@ _MEDIA = (
     *("image", "boi", "eoi", "video", "audio", "boa", "eoa"),
     *("vision_start", "vision_end", "vision_bos", "vision_eos"),
 )
+DEFAULT = LabelRules()
 _FAULTS = (ValueError, TypeError, KeyError, OSError, IndexError, StopIteration)
 
 
 def chat_sample(
-    processor: Any, messages: Sequence[Mapping[str, Any]], index: int = 0
+    processor: Any,
+    messages: Sequence[Mapping[str, Any]],
+    index: int = 0,
+    rules: LabelRules = DEFAULT,
 ) -> dict[str, Tensor]:
     """One conversation as `input_ids` and `labels` (length,), with the processor's type ids and
     features.
 
     processor: a processor, or a tokenizer alone. messages: role and content each; content is text
     or parts (`{"type": "text" | "image" | "audio" | "video", ...}`). index: names it in errors.
-    Raises Refused, naming the conversation, for a template that marks nothing, a picture that
-    cannot be read, and placeholders that the pictures, videos and sounds do not match.
+    rules: whose turns and stop tokens train. Raises Refused, naming the conversation, for a
+    template that marks nothing, a picture that cannot be read, and placeholders that the pictures,
+    videos and sounds do not match.
     """
     template = marked_template(processor, index)
     ready = [opened(message, index) for message in messages]
     try:
         sample = _processed(processor, ready)
-        text, marks = _marked(processor, template, ready)
+        text, spans = turns(processor, template, ready, rules, index)
     except _FAULTS as error:
         what = str(error).strip() or type(error).__name__
         raise Refused(f"conversation {index}: {what.splitlines()[0]}") from error
     _require_match(processor, text, ready, index)
-    mask = _trained(processor, sample["input_ids"], text, marks, index)
-    if any(m["role"] == "assistant" for m in messages) and not bool(mask.any()):
+    ranges = _in_tokens(processor, sample["input_ids"], text, spans, index)
+    said = any(m["role"] == "assistant" for m in messages)
+    if said and rules.trains("assistant") and not any(t.role == "assistant" for t in ranges):
         raise Refused(f"conversation {index}: no token of its assistant's turns is marked to train")
-    sample["labels"] = trained_labels(sample["input_ids"], mask, processor)
+    sample["labels"] = labels_of(sample["input_ids"], ranges, processor, rules)
     return sample
 
 
@@ -76,19 +85,43 @@ def marked_template(processor: Any, index: int = 0) -> str:
     return str(template)
 
 
-def trained_labels(ids: Tensor, mask: Tensor, processor: Any) -> Tensor:
-    """Labels (length,) of tokens (length,): the marked ones, and a stop token right behind them.
+def labels_of(
+    ids: Tensor, ranges: Sequence[Turn], processor: Any, rules: LabelRules = DEFAULT
+) -> Tensor:
+    """Labels (length,) of tokens (length,): the turns that train, and the stop tokens that do.
 
-    A stop token is a special token that is no medium's; nothing of a medium is labelled, marked or
-    not.
+    ranges: turns in tokens; a stop token is a special token, no medium's, at a turn's end or right
+    behind it. Nothing of a medium is labelled, in whatever turn.
     """
     media = media_ids(processor)
-    stopping = torch.isin(ids, torch.tensor(sorted(_special_ids(processor) - media)))
-    stops = stopping.clone()
-    stops[:1] = False
-    stops[1:] &= mask[:-1] & ~mask[1:] & ~stopping[:-1]  # a marked stop token needs no second
-    labels = ids.masked_fill(~(mask | stops), IGNORED)
-    return labels.masked_fill(torch.isin(ids, torch.tensor(sorted(media))), IGNORED)
+    special = torch.isin(ids, torch.tensor(sorted(_special_ids(processor) - media)))
+    kept = torch.zeros(len(ids), dtype=torch.bool)
+    stops: list[tuple[int, bool]] = []
+    for turn in ranges:
+        ends = [i for i in (turn.end - 1, turn.end) if turn.start <= i < len(ids) and special[i]]
+        stops += [(i, rules.trains(turn.role)) for i in ends[:1]]
+        kept[turn.start : turn.end] |= rules.trains(turn.role)
+    eos = {"turn": [i for i, trained in stops if trained], "all": [i for i, _ in stops]}
+    eos |= {"last": [i for i, _ in stops[-1:]], "none": []}
+    kept[[i for i, _ in stops]] = False
+    kept[eos[rules.train_on_eos]] = True
+    return ids.masked_fill(~kept | _of_media(ids, media, processor), IGNORED)
+
+
+def _of_media(ids: Tensor, media: frozenset[int], processor: Any) -> Tensor:
+    """(length,) bool: the tokens of media, with the blank lines that a processor writes around."""
+    found = torch.isin(ids, torch.tensor(sorted(media)))
+    if not hasattr(processor, "full_image_sequence"):
+        return found
+    tokenizer = getattr(processor, "tokenizer", processor)
+    blank = torch.tensor([tokenizer.decode([i]).isspace() for i in ids.tolist()])
+    while True:
+        beside = found.roll(1) | found.roll(-1)
+        beside[0], beside[-1] = found[1:2].any(), found[-2:-1].any()
+        grown = found | (blank & beside)
+        if torch.equal(grown, found):
+            return found
+        found = grown
 
 
 def media_ids(processor: Any) -> frozenset[int]:
@@ -121,22 +154,6 @@ def _processed(processor: Any, messages: list[dict[str, Any]]) -> dict[str, Tens
     }
 
 
-def _marked(
-    processor: Any, template: str, messages: list[dict[str, Any]]
-) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered text, placeholders not expanded, and which characters the template marks."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    tokenizer = getattr(processor, "tokenizer", processor)
-    texts, marks = render_jinja_template(
-        conversations=[messages],
-        chat_template=template,
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )
-    return texts[0], [(int(start), int(end)) for start, end in marks[0]]
-
-
 def _require_match(
     processor: Any, text: str, messages: Sequence[Mapping[str, Any]], index: int
 ) -> None:
@@ -155,18 +172,19 @@ def _require_match(
             )
 
 
-def _trained(
-    processor: Any, ids: Tensor, text: str, marks: list[tuple[int, int]], index: int
-) -> Tensor:
-    """(length,) bool: the tokens of `ids` that the marks of the unexpanded text cover.
+def _in_tokens(
+    processor: Any, ids: Tensor, text: str, spans: Sequence[Turn], index: int
+) -> list[Turn]:
+    """The turns of the unexpanded text as ranges of `ids`; those without a token left out.
 
-    Special tokens that are no medium's are the same in both; a mark's first token is as far behind
-    the last one before it, and its end as far before the next one behind it.
+    Special tokens that are no medium's are the same in both; a place is as far behind the last one
+    before it where no medium stands between, else as far before the next one behind it.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     plain = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     starts = [start for start, _ in plain["offset_mapping"]]
-    fixed = _special_ids(processor) - media_ids(processor)
+    media = media_ids(processor)
+    fixed = _special_ids(processor) - media
     here = [-1, *(i for i, token in enumerate(plain["input_ids"]) if token in fixed), len(starts)]
     there = [-1, *(i for i, token in enumerate(ids.tolist()) if token in fixed), len(ids)]
     if len(here) != len(there):
@@ -174,10 +192,14 @@ def _trained(
             f"conversation {index}: the processor's tokens hold {len(there) - 2} turn tokens, the"
             f" rendered template {len(here) - 2}"
         )
-    mask = torch.zeros(len(ids), dtype=torch.bool)
-    for start, end in marks:
-        first, last = bisect_left(starts, start), bisect_left(starts, end)
-        before = bisect_right(here, first) - 1
-        behind = bisect_left(here, last)
-        mask[there[before] + first - here[before] : there[behind] - (here[behind] - last)] = True
-    return mask
+
+    def placed(character: int) -> int:
+        token = bisect_left(starts, character)
+        before = bisect_right(here, token - 1) - 1
+        if media.isdisjoint(plain["input_ids"][here[before] + 1 : token]):
+            return there[before] + token - here[before]
+        behind = bisect_left(here, token)
+        return there[behind] - (here[behind] - token)
+
+    found = [Turn(turn.role, placed(turn.start), placed(turn.end)) for turn in spans]
+    return [turn for turn in found if turn.end > turn.start]

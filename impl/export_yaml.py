@@ -20,6 +20,8 @@ _NOT_KEYS = frozenset(
         "output_router_logits",
         "dp_shard_size",
         "dp_replicate_size",
+        "roles_to_train",
+        "train_on_eos",
     }
 )
 # Keys that a plugin brings: left out when they say no.
@@ -52,7 +54,8 @@ def to_axolotl(plan: TrainingPlan, base_model: str = "./model") -> dict[str, Any
     if plan.auxiliary_loss:
         config["overrides_of_model_config"] = {"output_router_logits": True}
     template = plan.decisions["chat_template"].value or "tokenizer_default"
-    config["datasets"] = [{"path": "./data.jsonl", "type": "chat_template"}]
+    of_data = {name: plan.decisions[name].value for name in ("roles_to_train", "train_on_eos")}
+    config["datasets"] = [{"path": "./data.jsonl", "type": "chat_template", **of_data}]
     config.setdefault("chat_template", template)
     config |= {
         "micro_batch_size": 1,

@@ -18,6 +18,7 @@ from .collate import collate, label_free_ids
 from .errors import Refused
 from .loss import count_items, loss, loss_and_outputs
 from .model_facts import device_of, is_adapted, text_config, unwrap, without_parallel
+from .multimodal_collate import collate_conversations
 from .prepare import prepare
 from .prepared import state_of
 from .training_plan import TrainingPlan
@@ -82,7 +83,7 @@ class TokenWeightedTrainer(Trainer):
 
 def fit(
     model: nn.Module,
-    samples: Sequence[Mapping[str, Any]],
+    samples: Sequence[Any],
     plan: TrainingPlan,
     *,
     steps: int,
@@ -96,6 +97,7 @@ def fit(
     max_grad_norm: float = 0.0,
     label_smoothing: float = 0.0,
     seed: int = 0,
+    processor: Any = None,
 ) -> Trainer:
     """Train for `steps` optimizer steps over the samples in their order, again from the start at
     their end; returns the Trainer (`state.log_history` holds the losses).
@@ -103,20 +105,19 @@ def fit(
     A model that is not prepared is prepared by the plan (the trainer's `model` is the result).
     accumulation: micro-batches a step, each weighted by its labelled tokens, in a last, shorter
     window too. resume: a checkpoint directory written with `save_steps`; `steps` as in the first
-    run. max_grad_norm: 0 does not clip. Without output_dir nothing is kept.
+    run. max_grad_norm: 0 does not clip. Without output_dir nothing is kept. processor: then samples
+    are conversations (sequences of messages), and each batch is made by it when it is needed
+    (`collate_conversations`); a bad one ends the run before the step, naming its sample.
     """
     if steps < 1 or batch_size < 1 or accumulation < 1:
         raise Refused("fit: steps, batch_size and accumulation must be positive")
+    if not samples:
+        raise Refused("fit: there are no samples")
+    _check_kind(samples, processor)
     ready = model if state_of(model) is not None else prepare(model, plan)
     if resume is not None and not Path(resume).is_dir():
         raise Refused(f"fit: no checkpoint directory {resume}")
     config = unwrap(ready).config
-    pad_id = getattr(text_config(ready), "pad_token_id", None) or 0
-    ignored = label_free_ids(config)
-
-    def together(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        return collate(rows, plan, pad_id=pad_id, ignored_ids=ignored)
-
     with tempfile.TemporaryDirectory(prefix="fit-") as scratch:
         arguments = TrainingArguments(
             output_dir=str(output_dir or scratch),
@@ -139,12 +140,38 @@ def fit(
         trainer = TokenWeightedTrainer(
             model=ready,
             args=arguments,
-            train_dataset=list(samples),
-            data_collator=together,
+            train_dataset=list(samples if processor is None else enumerate(samples)),
+            data_collator=_collator(ready, plan, processor),
             smoothing=label_smoothing,
         )
         _train(trainer, config, None if resume is None else str(resume))
     return trainer
+
+
+def _check_kind(samples: Sequence[Any], processor: Any) -> None:
+    """Refused: a sample that is no mapping, or with a processor no sequence of messages."""
+    for number, sample in enumerate(samples):
+        if processor is None and not isinstance(sample, Mapping):
+            kind = type(sample).__name__
+            raise Refused(f"fit: sample {number} is a {kind}; conversations need processor=")
+        messages = sample if isinstance(sample, list | tuple) else [None]
+        if processor is not None and not all(isinstance(m, Mapping) for m in messages):
+            raise Refused(f"fit: sample {number} is no conversation, a list of messages")
+
+
+def _collator(model: nn.Module, plan: TrainingPlan, processor: Any) -> Any:
+    """Rows to a batch: samples as they are, or numbered conversations through the processor."""
+    pad_id = getattr(text_config(model), "pad_token_id", None) or 0
+    ignored = label_free_ids(unwrap(model).config)
+
+    def together(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        return collate(rows, plan, pad_id=pad_id, ignored_ids=ignored)
+
+    def spoken(rows: Sequence[tuple[int, Any]]) -> dict[str, Tensor]:
+        numbers, conversations = zip(*rows, strict=True)
+        return collate_conversations(conversations, processor, plan, indices=numbers)
+
+    return together if processor is None else spoken
 
 
 def _train(trainer: Trainer, config: Any, resume: str | None) -> None:

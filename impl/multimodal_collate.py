@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .chat import chat_sample, media_ids
 from .collate import collate
+from .label_rules import LabelRules
 from .training_plan import TrainingPlan
 
 Messages = Sequence[Mapping[str, Any]]
@@ -26,14 +27,21 @@ def collate_conversations(
     plan: TrainingPlan,
     *,
     pad_to_multiple_of: int = 1,
+    indices: Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
     """A batch of conversations: what `collate` gives for the samples that they become.
 
     Pictures, videos and sounds lie end to end in the order of their placeholders. Labels are on
-    the assistant's turns alone, with their stop tokens. Raises Refused, naming the conversation,
-    before there is any batch: see `chat_sample`.
+    the turns that the plan trains, by default the assistant's with their stop tokens. indices: the
+    conversations' numbers in the data set, for errors (their place in the batch without).
+    Raises Refused, naming the conversation, before there is any batch: see `chat_sample`.
     """
-    samples = [chat_sample(processor, messages, i) for i, messages in enumerate(conversations)]
+    rules = LabelRules.of(plan)
+    numbers = range(len(conversations)) if indices is None else indices
+    samples = [
+        chat_sample(processor, messages, number, rules)
+        for messages, number in zip(conversations, numbers, strict=True)
+    ]
     tokenizer = getattr(processor, "tokenizer", processor)
     return collate(
         _of_one_length(samples),

@@ -23,8 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from . import parallel_data
 from .context_parallel import enable as enable_context_parallel
 from .errors import Refused
-from .parallel_plan import SHARDED_WHILE_LOADING, ParallelPlan, Unsupported
+from .parallel_plan import ParallelPlan, Unsupported
 from .parallel_tensor import check_sharded, mend_expert_division
+from .plan_draft import SHARDED_WHILE_LOADING
 from .training_plan import TrainingPlan
 
 __all__ = [

@@ -11,8 +11,6 @@ from .errors import Refused
 from .training_plan import TrainingPlan
 
 STRATEGIES = ("single", "ddp", "fsdp1", "fsdp2", "hsdp", "tp", "tp_ep", "fsdp2_ep", "cp")
-SHARDED_WHILE_LOADING = frozenset({"tp", "tp_ep", "fsdp2_ep"})
-"""Strategies whose model is already spread when it comes from `parallel_tensor.load_sharded`."""
 
 
 class Unsupported(Refused):

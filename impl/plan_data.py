@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .errors import Refused
+from .label_rules import LabelRules
 from .plan_draft import Draft
 
 # Names of axolotl's chat templates that are also a model line; others use their tokenizer's.
@@ -62,6 +63,7 @@ def decide_data(draft: Draft) -> None:
         draft.decide("skip_prepare_dataset", False, f"{why}; data are tokenized once", deviation)
         draft.decide("remove_unused_columns", None, f"{why}; the loader's default is right")
     _chat_template(draft)
+    _labels(draft)
 
 
 def _packing(draft: Draft) -> bool:
@@ -127,6 +129,28 @@ def _chat_template(draft: Draft) -> None:
     else:
         why = "no template is named after this model; the tokenizer carries its own"
         draft.decide("chat_template", "tokenizer_default", why)
+
+
+def _labels(draft: Draft) -> None:
+    """`train_on_inputs`, `roles_to_train`, `train_on_eos`: what of a conversation is labelled."""
+    why = {
+        "train_on_inputs": "questions are read, not learnt",
+        "roles_to_train": "the assistant's turns alone, media apart",
+        "train_on_eos": "with their stop tokens: a model that never learns one never stops",
+    }
+    values = {
+        name: draft.wish(name, getattr(LabelRules, name))
+        for name in ("train_on_inputs", "roles_to_train", "train_on_eos")
+    }
+    rules = LabelRules(**{**values, "roles_to_train": tuple(values["roles_to_train"])})
+    nothing = not rules.train_on_inputs and not rules.roles_to_train
+    if nothing and rules.train_on_eos in ("turn", "none"):
+        raise Refused("roles_to_train: [] without train_on_inputs: no token would train")
+    if rules.train_on_inputs and draft.wish("roles_to_train"):
+        draft.warn("roles_to_train says nothing beside train_on_inputs: true; every role trains")
+    for name, value in values.items():
+        value = list(value) if name == "roles_to_train" else value
+        draft.decide(name, value, "as asked for" if draft.wish(name) is not None else why[name])
 
 
 def decide_freeze(draft: Draft) -> None:

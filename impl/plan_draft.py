@@ -23,6 +23,8 @@ RANKS = {
     "cp": 2,
 }
 FSDP = frozenset({"fsdp1", "fsdp2", "hsdp", "fsdp2_ep"})
+# Their model is spread already when it comes from `parallel_tensor.load_sharded`.
+SHARDED_WHILE_LOADING = frozenset({"tp", "tp_ep", "fsdp2_ep"})
 
 # What a user may ask for against the defaults, by the specification's names where it has one.
 WISHES: Mapping[str, tuple[type, ...]] = {
@@ -48,7 +50,10 @@ WISHES: Mapping[str, tuple[type, ...]] = {
     "normalize_weight_scales": (list, tuple),
     "peft_use_rslora": (bool,),
     "ranks": (int,),
+    "roles_to_train": (list, tuple),
     "sample_packing": (bool,),
+    "train_on_eos": (str,),
+    "train_on_inputs": (bool,),
     "use_kernels": (bool,),
     "use_scattermoe": (bool,),
     "use_sonicmoe": (bool,),

@@ -7,7 +7,7 @@ from typing import Any
 
 from .errors import ConfigError, Refused
 from .lora_targets import ALL_LINEAR, ROUTED_EXPERTS, default_regex, names_regex
-from .plan_draft import Draft
+from .plan_draft import SHARDED_WHILE_LOADING, Draft
 from .training_plan import LoraPlan
 from .traits import ExpertFacts, Traits
 
@@ -69,13 +69,23 @@ def _none(draft: Draft) -> None:
 
 
 def _four_bit(draft: Draft) -> None:
-    """`load_in_4bit`, and `quantize_moe_experts` for the expert weights it would pass over."""
+    """`load_in_4bit`, and `quantize_moe_experts` for the expert weights it would pass over.
+
+    Refused: 4-bit weights under a strategy that cuts them while loading.
+    """
     experts = draft.traits.experts
     if draft.setting.tuning != "qlora":
         why = "the base weights are not quantised in this setting"
         draft.decide("load_in_4bit", False, why)
         draft.decide("quantize_moe_experts", None, why)
         return
+    if draft.strategy in SHARDED_WHILE_LOADING:
+        raise Refused(
+            f"{draft.strategy} with 4-bit weights: they are flat bytes, two values each, a scale"
+            " for every 64 of them (a weight of 64 by 48 is 1536 by 1), without the rows, columns"
+            " and experts that the strategy cuts while loading: no weight would be sharded, each"
+            " rank would hold them all; use fsdp2, which cuts bytes"
+        )
     draft.decide("load_in_4bit", True, "QLoRA: linear layers of the base in 4 bits")
     if experts is None or not experts.parameters:
         why = "no expert weights beside linear layers"

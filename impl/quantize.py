@@ -218,8 +218,8 @@ def bytes_by_dtype(model: nn.Module) -> dict[str, int]:
     """Bytes of parameters, buffers and quantisation scales, by dtype."""
     found: Counter[str] = Counter()
     tensors = [*model.parameters(), *model.buffers()]
-    for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
+    for parameter in model.parameters():  # not by module: an adapter shows its base's weight again
+        state = getattr(parameter, "quant_state", None)
         while state is not None:
             tensors.append(state.absmax)
             state = getattr(state, "state2", None)

@@ -3,8 +3,11 @@
 import gc
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+
+from conformance.case import Case
 
 for _name, _value in {
     "HF_HUB_OFFLINE": "1",
@@ -26,6 +29,21 @@ def _imports_are_not_garbage(_thawed: None) -> None:
     """Trainer collects garbage at each start: a quarter of a second while it walks the imports."""
     gc.collect()
     gc.freeze()
+
+
+def _kit(fixture: str) -> Any:
+    @pytest.fixture(name=fixture)
+    def kit(case: Case, unavailable: Any) -> str:
+        """The case's model, whose processor can be had here."""
+        from conformance import processors
+
+        assert case.model is not None
+        return processors.kit_of(case.model.name, fixture, unavailable)
+
+    return kit
+
+
+kit, image_kit, sound_kit, video_kit = map(_kit, ("kit", "image_kit", "sound_kit", "video_kit"))
 
 
 @pytest.fixture(scope="session")

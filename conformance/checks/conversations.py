@@ -76,11 +76,12 @@ def medium(name: str) -> Callable[[Mapping[str, Any]], str]:
     return text
 
 
-def expected(name: str, conversation: Conversation) -> tuple[list[int], list[int]]:
-    """Ids and labels of a conversation by the oracle, -100 where nothing is trained."""
+def expected(name: str, conversation: Conversation, **rules: Any) -> tuple[list[int], list[int]]:
+    """Ids and labels of a conversation by the oracle, -100 where nothing is trained; `rules` as of
+    `oracles.turns.pieces`."""
     tokenizer = processors.tokenizer_of(processors.processor(name))
     how = processors.turns(processors.KITS[name].layout)
-    written = turns.pieces(conversation, how, medium(name))
+    written = turns.pieces(conversation, how, medium(name), **rules)
     found = turns.tokens(
         written, lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"])
     )

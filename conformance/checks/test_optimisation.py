@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from conformance import curves
+from conformance import curves, scale_drift
 from conformance.case import Case
 from conformance.check import check
 from conformance.numerics import relative_error
@@ -176,6 +176,41 @@ def test_runaway_scale_is_repaired(case: Case, subject: Subject, measured: Measu
     assert count == 1, f"{case.id}: {count} parameters rescaled, not the one that ran away"
     got, want = (further(subject, m, 10, rate=1e-3, betas=(0.9, 0.999)) for m in (model, left))
     measured["loss, repaired"], measured["loss, left"] = got, want
+    assert got <= want + 0.02, f"{case.id}: loss {got:.4g} after the repair, {want:.4g} without"
+
+
+@check(
+    "W04",
+    needs=("normalize_weight_scales",),
+    models=("qwen3_5_moe-text",),
+    marks=("training",),
+    nightly=True,
+    correctness=False,  # it takes a minute; its mutants are those of W03
+)
+def test_a_rarely_fed_layer_runs_away(
+    case: Case, subject: Subject, measured: Measured, curve: Any
+) -> None:
+    """Under plain AdamW a late recurrent layer that a rare expert feeds runs away by itself; the
+    rule finds that layer alone, repairs it, and training goes on no worse.
+
+    https://docs.axolotl.ai/docs/models/qwen3_5.html
+    """
+    model, ratios = scale_drift.drifted()
+    every = 10
+    curve("scale of the last conv1d weight", "std over the median", "AdamW", ratios[::every], every)
+    measured["ratio"], measured["steps"] = ratios[-1], len(ratios)
+    assert ratios[-1] > scale_drift.THRESHOLD, f"{case.id}: no drift: ratio {ratios[-1]:.3g}"
+    left = copy.deepcopy(model)
+    rule = {"name_pattern": scale_drift.CONV, "threshold": scale_drift.THRESHOLD}
+    count = int(subject.impl.normalize_weight_scales(model, [rule]))
+    measured["ratio, repaired"] = scale_drift.ratio(model)
+    assert count == 1, f"{case.id}: {count} parameters rescaled, not the one that ran away"
+    assert abs(measured["ratio, repaired"] - 1) < 1e-3, f"{case.id}: {measured}"
+    for what, each in (("repaired", model), ("left", left)):
+        measured[f"loss, {what}"] = scale_drift.mean_loss(each, scale_drift.stock_loss)
+        scale_drift.train(each, scale_drift.stock_loss, 30, seed=9, rate=1e-3)
+        measured[f"loss later, {what}"] = scale_drift.mean_loss(each, scale_drift.stock_loss)
+    got, want = measured["loss later, repaired"], measured["loss later, left"]
     assert got <= want + 0.02, f"{case.id}: loss {got:.4g} after the repair, {want:.4g} without"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +27,6 @@ from conformance.subject import Subject
 from conformance.tolerances import tolerance
 
 Measured = dict[str, float]
-Decline = Callable[[str], None]
 PICTURES: dict[str, Any] = {
     "models": processors.WITH_PICTURES,
     "settings": ("images",),
@@ -65,16 +63,13 @@ def rows_of(features: Any) -> int:
 
 @check("T03", **PICTURES)
 def test_placeholders_are_as_many_as_features(
-    case: Case, subject: Subject, measured: Measured, unavailable: Decline
+    case: Case, subject: Subject, measured: Measured, image_kit: str
 ) -> None:
     """Placeholders number what the tower gives, what is documented and what is foretold, by size.
 
     https://github.com/huggingface/transformers/issues/34625
     """
-    name = subject.model_spec.name
-    if reason := processors.missing(name, "image"):
-        return unavailable(reason)
-    processor, kit = processors.processor(name), processors.KITS[name]
+    processor, kit = processors.processor(image_kit), processors.KITS[image_kit]
     model: Any = pictured(subject).stock("float32").eval()
     token = placeholder(subject)
     assert kit.count is not None
@@ -131,20 +126,17 @@ def test_positions_of_pictures(case: Case, subject: Subject, measured: Measured)
 
 @check("V11", needs=("prepare", "chat", "loss"), **PICTURES)
 def test_a_dummy_picture_leaves_the_loss(
-    case: Case, subject: Subject, measured: Measured, unavailable: Decline
+    case: Case, subject: Subject, measured: Measured, image_kit: str
 ) -> None:
     """An unlabelled row with a picture (a dummy for text) leaves loss and gradients of text alone.
 
     https://github.com/linkedin/Liger-Kernel/commit/e6f84b84
     """
-    name = subject.model_spec.name
-    if reason := processors.missing(name, "image"):
-        return unavailable(reason)
     here = pictured(subject)
     text, dummy = rows_of_pictures((), ("odd",))
     plan = plan_of(here)
-    alone = chat(here, name, [text])
-    both = chat(here, name, [text, dummy])
+    alone = chat(here, image_kit, [text])
+    both = chat(here, image_kit, [text, dummy])
     both["labels"][1] = IGNORE
     assert any("pixel" in key for key in both), f"{case.id}: there is no picture"
     assert not any("pixel" in key for key in alone), f"{case.id}: text alone has a picture"
@@ -158,25 +150,22 @@ def test_a_dummy_picture_leaves_the_loss(
 
 @check("V21", needs=("prepare", "chat"), **PICTURES)
 def test_each_picture_has_its_own_places(
-    case: Case, subject: Subject, measured: Measured, unavailable: Decline
+    case: Case, subject: Subject, measured: Measured, image_kit: str
 ) -> None:
     """The k-th picture changes the embeddings of the k-th run of placeholders and no others.
 
     https://github.com/huggingface/transformers/issues/34625
     """
-    name = subject.model_spec.name
-    if reason := processors.missing(name, "image"):
-        return unavailable(reason)
     here = pictured(subject)
     model = here.model().eval()
-    batch = chat(here, name, rows_of_pictures())
+    batch = chat(here, image_kit, rows_of_pictures())
     before = embeddings(model, batch)
     token = placeholder(here)
     places = [(r, run) for r, ids in enumerate(batch["input_ids"]) for run in runs(ids == token)]
     assert len(places) == 5, f"{case.id}: {len(places)} runs of placeholders for 5 pictures"
     measured["placeholders"] = sum(len(run) for _, run in places)
     for number, (row, run) in enumerate(places):
-        after = embeddings(model, chat(here, name, repainted(number)))
+        after = embeddings(model, chat(here, image_kit, repainted(number)))
         moved = {(r, c) for r, c in (after != before).any(-1).nonzero().tolist()}
         own = {(row, column) for column in run}
         assert moved == own, (
@@ -195,25 +184,22 @@ def repainted(number: int) -> list[processors.Conversation]:
 
 @check("V22", needs=("prepare", "chat"), **PICTURES)
 def test_rows_are_what_they_are_alone(
-    case: Case, subject: Subject, measured: Measured, unavailable: Decline
+    case: Case, subject: Subject, measured: Measured, image_kit: str
 ) -> None:
     """A row of a batch with four pictures, none and one has the logits that it has alone.
 
     An invariant kept without a thread: features are matched to placeholders by order alone.
     """
-    name = subject.model_spec.name
-    if reason := processors.missing(name, "image"):
-        return unavailable(reason)
     here = pictured(subject)
     model, rows = here.model(), rows_of_pictures()
-    batch = chat(here, name, rows)
+    batch = chat(here, image_kit, rows)
     whole = here.eval_logits(model, batch)
-    lengths = [len(chat(here, name, [row])["input_ids"][0]) for row in rows]
+    lengths = [len(chat(here, image_kit, [row])["input_ids"][0]) for row in rows]
     assert len(set(lengths)) == 3, f"{case.id}: the rows have lengths {lengths}"
     assert_differs(case.id, "rows", whole[0, : lengths[1]], whole[1, : lengths[1]], {})
     limit = tolerance("logits/padded", subject.numerics)
     for row, length in enumerate(lengths):
-        alone = here.eval_logits(model, chat(here, name, [rows[row]]))[0]
+        alone = here.eval_logits(model, chat(here, image_kit, [rows[row]]))[0]
         assert_close(case.id, f"row {row}", whole[row, :length], alone, limit, measured)
 
 
@@ -223,18 +209,15 @@ def test_rows_are_what_they_are_alone(
     **{**PICTURES, "models": ("gemma4-dense", "gemma4-unified", "gemma3-vlm", "qwen3_5")},
 )
 def test_a_picture_reaches_as_documented(
-    case: Case, subject: Subject, measured: Measured, unavailable: Decline
+    case: Case, subject: Subject, measured: Measured, image_kit: str
 ) -> None:
     """A processor's picture, longer than the window, is seen both ways on the documented layers.
 
     https://github.com/huggingface/transformers/pull/46850
     """
-    name = subject.model_spec.name
-    if reason := processors.missing(name, "image"):
-        return unavailable(reason)
     here = pictured(subject)
     part = {"type": "image", "image": processors.blank(80, 4)}
-    batch = chat(here, name, [[
+    batch = chat(here, image_kit, [[
         {"role": "user", "content": [part, {"type": "text", "text": "what?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
     ]])  # fmt: skip
@@ -259,20 +242,17 @@ def assert_lands(
 
 @check("V28", needs=("prepare", "chat"), **SOUNDS)
 def test_sounds_have_their_places(
-    case: Case, subject: Subject, measured: Measured, unavailable: Decline
+    case: Case, subject: Subject, measured: Measured, sound_kit: str
 ) -> None:
     """Sounds of several lengths in one batch fill exactly their own placeholders.
 
     https://github.com/huggingface/transformers/issues/45242
     """
-    name = subject.model_spec.name
-    if reason := processors.missing(name, "audio"):
-        return unavailable(reason)
     rows = [
         processors.conversation([{"type": "audio", "audio": processors.sound(n)}], index=i, turns=1)
         for i, n in enumerate((400, 1601, 5003))
     ]
-    batch = chat(subject, name, rows)
+    batch = chat(subject, sound_kit, rows)
     token = placeholder(subject, "audio")
     counts = (batch["input_ids"] == token).sum(1).tolist()
     assert len(set(counts)) == 3 and min(counts) > 0, f"{case.id}: {counts} placeholders"
@@ -294,21 +274,18 @@ def model_sounds(model: Any, batch: dict[str, Any]) -> int:
 
 @check("V29", needs=("prepare", "chat"), **VIDEOS)
 def test_videos_have_their_places(
-    case: Case, subject: Subject, measured: Measured, unavailable: Decline
+    case: Case, subject: Subject, measured: Measured, video_kit: str
 ) -> None:
     """Videos of several lengths fill exactly their own placeholders, frame by frame.
 
     https://github.com/modelscope/ms-swift/pull/8237
     """
-    name = subject.model_spec.name
-    if reason := processors.missing(name, "video"):
-        return unavailable(reason)
     here = pictured(subject)
     rows = [
         processors.conversation([{"type": "video", "video": film(n)}], index=i, turns=1)
         for i, n in enumerate((4, 6))
     ]
-    batch = chat(here, name, rows)
+    batch = chat(here, video_kit, rows)
     token = placeholder(here, "video")
     labels = int((batch["labels"] == token).sum())
     assert not labels, f"{case.id}: {labels} places of a video are labelled"

@@ -46,12 +46,23 @@ def packed(model: nn.Module) -> set[str]:
     return {canonical_name(n) for n, p in model.named_parameters() if p.dtype == torch.uint8}
 
 
+def meant(subject: Subject) -> dict[str, int]:
+    """Elements of each weight that is to be packed: the decoder layers' projections and experts."""
+    layers = subject.model_spec.layers + "."
+    return {
+        canonical_name(name): p.numel()
+        for name, p in subject.stock("float32").named_parameters()
+        if name.startswith(layers)
+        and ("experts" in name if p.dim() == 3 else p.dim() == 2 and name.endswith("_proj.weight"))
+    }
+
+
 def held(model: nn.Module) -> list[Tensor]:
     """The packed bytes and the scales of their blocks, wherever they are kept."""
     found: list[Tensor] = [p for p in model.parameters() if p.dtype == torch.uint8]
     found += [b for name, b in model.named_buffers() if name.endswith("absmax")]
-    for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
+    for parameter in model.parameters():  # not by module: an adapter shows its base's weight again
+        state = getattr(parameter, "quant_state", None)
         while state is not None:  # scales may be quantised in their turn
             found.append(state.absmax)
             state = getattr(state, "state2", None)
@@ -106,21 +117,14 @@ def test_bytes_are_within_the_budget(
     """
     required(unavailable)
     model = subject.model()
-    stock = subject.stock("float32")
-    layers = subject.model_spec.layers + "."
-    meant = {
-        canonical_name(name): p.numel()
-        for name, p in stock.named_parameters()
-        if name.startswith(layers)
-        and ("experts" in name if p.dim() == 3 else p.dim() == 2 and name.endswith("_proj.weight"))
-    }
-    names = packed(model)
+    numel, names = meant(subject), packed(model)
     assert names, f"{case.id}: nothing is packed"
-    left = {n: c for n, c in meant.items() if n not in names}
-    measured["packed share"] = 1 - sum(left.values()) / sum(meant.values())
+    left = {n: c for n, c in numel.items() if n not in names}
+    measured["packed share"] = 1 - sum(left.values()) / sum(numel.values())
     assert measured["packed share"] > 0.98, f"{case.id}: not packed: {sorted(left)[:3]}"
     got = sum(t.numel() * t.element_size() for t in held(model))
-    want = sum(packed_bytes(p.numel()) for n, p in weights(stock).items() if n in names)
+    stock = weights(subject.stock("float32"))
+    want = sum(packed_bytes(p.numel()) for n, p in stock.items() if n in names)
     measured["bytes of budget"] = got / want
     assert got <= want, f"{case.id}: {got} bytes are packed, the budget is {want:.0f}"
 

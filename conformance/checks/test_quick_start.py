@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -89,16 +88,13 @@ def test_pictures_are_not_packed(case: Case, subject: Subject, measured: Measure
 
 @check("V19", **IMAGES)
 def test_the_processor_prepares(
-    case: Case, subject: Subject, measured: Measured, unavailable: Callable[[str], None]
+    case: Case, subject: Subject, measured: Measured, image_kit: str
 ) -> None:
     """`skip_prepare_dataset` is on: rows tokenized before the processor have one placeholder.
 
     model_architectures.md, VLM quick start
     """
-    name = subject.model_spec.name
-    if reason := processors.missing(name, "image"):
-        return unavailable(reason)
-    processor, here = processors.processor(name), conversations.pictured(subject)
+    processor, here = processors.processor(image_kit), conversations.pictured(subject)
     messages = processors.with_pictures("odd", turns=1)
     how: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     late = processor.apply_chat_template(messages, **how)

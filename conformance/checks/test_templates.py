@@ -25,7 +25,6 @@ from conformance.paths import fixtures
 from conformance.subject import Subject
 
 Measured = dict[str, float]
-Decline = Callable[[str], None]
 LAYOUTS: dict[str, Any] = {"models": processors.EACH_LAYOUT, "marks": ("training",)}
 MEDIA = ("image", "boi", "eoi", "video", "audio", "boa", "eoa", "vision_start", "vision_end")
 
@@ -64,19 +63,14 @@ def record(name: str) -> dict[str, Any]:
 
 
 @check("T01", **LAYOUTS)
-def test_template_renders_as_committed(
-    case: Case, measured: Measured, unavailable: Decline
-) -> None:
+def test_template_renders_as_committed(case: Case, measured: Measured, kit: str) -> None:
     """The rendered template and the hash of its token ids are those committed.
 
     https://github.com/axolotl-ai-cloud/axolotl/issues/1806
     """
-    assert case.model is not None
-    if reason := processors.missing(case.model.name):
-        return unavailable(reason)
-    kit = processors.KITS[case.model.name]
-    want = golden(kit.layout)["pictures" if kit.image else "text"]
-    got = record(case.model.name)
+    own = processors.KITS[kit]
+    want = golden(own.layout)["pictures" if own.image else "text"]
+    got = record(kit)
     measured["characters"] = len(got["text"])
     assert got["text"] == want["text"], f"{case.id}: renders {got['text']!r}, not {want['text']!r}"
     assert got["ids"] == want["ids"], f"{case.id}: other token ids for the committed text"
@@ -84,22 +78,19 @@ def test_template_renders_as_committed(
 
 @check("T02", needs=("plan", "chat"), **LAYOUTS)
 def test_what_trains_is_the_assistants(
-    case: Case, subject: Subject, measured: Measured, unavailable: Decline
+    case: Case, subject: Subject, measured: Measured, kit: str
 ) -> None:
     """Labels are the assistant's turns with their stop tokens, and nothing else, to the token.
 
     https://github.com/axolotl-ai-cloud/axolotl/pull/3756
     """
-    name = subject.model_spec.name
-    if reason := processors.missing(name):
-        return unavailable(reason)
-    rows = [said(name, index=i, turns=1 + i, plain=i == 1) for i in range(3)]
-    batch = chat(subject, name, rows)
-    stop = processors.turns(processors.KITS[name].layout).stop
-    tokenizer = processors.tokenizer_of(processors.processor(name))
+    rows = [said(kit, index=i, turns=1 + i, plain=i == 1) for i in range(3)]
+    batch = chat(subject, kit, rows)
+    stop = processors.turns(processors.KITS[kit].layout).stop
+    tokenizer = processors.tokenizer_of(processors.processor(kit))
     stop_id = tokenizer.convert_tokens_to_ids(stop)
     for row, messages in enumerate(rows):
-        ids, labels = expected(name, messages)
+        ids, labels = expected(kit, messages)
         assert labels.count(stop_id) == 1 + row, f"{case.id}: the oracle trains no stop token"
         got = batch["input_ids"][row, : len(ids)].tolist()
         assert got == ids, f"{case.id}: row {row} reads {tokenizer.decode(got)!r}"
@@ -113,7 +104,7 @@ def test_what_trains_is_the_assistants(
 
 
 @check("T04", **LAYOUTS)
-def test_special_ids_are_the_models(case: Case, measured: Measured, unavailable: Decline) -> None:
+def test_special_ids_are_the_models(case: Case, measured: Measured, kit: str) -> None:
     """Special, pad and begin ids are those committed and those of the model's config, each once.
 
     https://github.com/hiyouga/LLaMA-Factory/issues/10389
@@ -121,22 +112,19 @@ def test_special_ids_are_the_models(case: Case, measured: Measured, unavailable:
     from conformance.checkpoint import build_config
 
     assert case.model is not None
-    name = case.model.name
-    if reason := processors.missing(name):
-        return unavailable(reason)
-    got = record(name)["special"]
-    want = golden(processors.KITS[name].layout)["pictures"]["special"]
+    got = record(kit)["special"]
+    want = golden(processors.KITS[kit].layout)["pictures"]["special"]
     assert got == want, f"{case.id}: special ids are {got}, committed are {want}"
     config = build_config(case.model)
     for token, number in got.items():
         for field in (f"{token}_token_id", f"{token}_token_index"):
             named = getattr(config, field, number)
             assert named in (number, None), f"{case.id}: {token} is {number}, {field} is {named}"
-    tokenizer = processors.tokenizer_of(processors.processor(name))
-    stop = tokenizer.convert_tokens_to_ids(processors.turns(processors.KITS[name].layout).stop)
+    tokenizer = processors.tokenizer_of(processors.processor(kit))
+    stop = tokenizer.convert_tokens_to_ids(processors.turns(processors.KITS[kit].layout).stop)
     assert len(set(got.values())) == len(got), f"{case.id}: two special tokens have one id: {got}"
     assert tokenizer.pad_token_id != stop, f"{case.id}: padding is the stop token"
-    ids = processors.processor(name).apply_chat_template(
+    ids = processors.processor(kit).apply_chat_template(
         processors.conversation(), tokenize=True, return_dict=True
     )["input_ids"]
     flat = ids[0] if isinstance(ids[0], list) else ids
@@ -145,25 +133,19 @@ def test_special_ids_are_the_models(case: Case, measured: Measured, unavailable:
 
 
 @check("T05", **LAYOUTS)
-def test_a_beginning_renders_to_a_beginning(
-    case: Case, measured: Measured, unavailable: Decline
-) -> None:
+def test_a_beginning_renders_to_a_beginning(case: Case, measured: Measured, kit: str) -> None:
     """Each beginning of a conversation, and the prompt for its answer, renders to a beginning.
 
     An invariant kept without a thread: a template that rewrites earlier turns moves every label.
     """
-    assert case.model is not None
-    name = case.model.name
-    if reason := processors.missing(name):
-        return unavailable(reason)
-    parts = [{"type": "image", "image": None}] if processors.KITS[name].image else []
+    parts = [{"type": "image", "image": None}] if processors.KITS[kit].image else []
     messages = processors.conversation(parts, turns=3)
-    tokenizer = processors.tokenizer_of(processors.processor(name))
-    whole = rendered(name, messages)
+    tokenizer = processors.tokenizer_of(processors.processor(kit))
+    whole = rendered(kit, messages)
     ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
     for end in range(2, len(messages)):
         answered = messages[end]["role"] == "assistant"
-        begun = rendered(name, messages[:end], add_generation_prompt=answered)
+        begun = rendered(kit, messages[:end], add_generation_prompt=answered)
         measured["beginnings"] = measured.get("beginnings", 0) + 1
         assert whole.startswith(begun), f"{case.id}: {end} turns render to {begun!r}"
         some = tokenizer(begun, add_special_tokens=False)["input_ids"]
@@ -188,47 +170,70 @@ def unmarked(template: str) -> str:
 
 
 @check("T06", needs=("plan", "chat"), **LAYOUTS)
-def test_a_template_without_marks_is_refused(
-    case: Case, subject: Subject, unavailable: Decline
-) -> None:
+def test_a_template_without_marks_is_refused(case: Case, subject: Subject, kit: str) -> None:
     """A template that marks no assistant's turn is one clear error, not a batch without labels.
 
     https://github.com/huggingface/trl/issues/6577
     """
-    name = subject.model_spec.name
-    if reason := processors.missing(name):
-        return unavailable(reason)
-    rows = [said(name, index=i) for i in range(2)]
-    processor = retold(name, unmarked)
+    rows = [said(kit, index=i) for i in range(2)]
+    processor = retold(kit, unmarked)
     assert_names_its_sample(case, subject, rows, 0, "generation", processor=processor)
 
 
 @check("T07", needs=("plan", "chat"), **LAYOUTS)
-def test_the_stop_token_trains(
-    case: Case, subject: Subject, measured: Measured, unavailable: Decline
-) -> None:
+def test_the_stop_token_trains(case: Case, subject: Subject, measured: Measured, kit: str) -> None:
     """The stop token trains also where the template's mark ends before it, or it is never learnt.
 
     https://github.com/axolotl-ai-cloud/axolotl/pull/3756
     """
-    name = subject.model_spec.name
-    if reason := processors.missing(name):
-        return unavailable(reason)
-    stop = processors.turns(processors.KITS[name].layout).stop
+    stop = processors.turns(processors.KITS[kit].layout).stop
 
     def outside(template: str) -> str:
         marked = f" + '{stop}' -}}}}{{%- endgeneration -%}}"
         return template.replace(marked, f" -}}}}{{%- endgeneration -%}}{{{{- '{stop}' -}}}}")
 
-    rows = [said(name, index=i, turns=2) for i in range(2)]
-    batch = subject.impl.chat(rows, retold(name, outside), plan_of(subject))
-    tokenizer = processors.tokenizer_of(processors.processor(name))
+    rows = [said(kit, index=i, turns=2) for i in range(2)]
+    batch = subject.impl.chat(rows, retold(kit, outside), plan_of(subject))
+    tokenizer = processors.tokenizer_of(processors.processor(kit))
     stop_id = tokenizer.convert_tokens_to_ids(stop)
     turns = int((batch["input_ids"] == stop_id).sum())
     measured["stop tokens that train"] = int((batch["labels"] == stop_id).sum())
-    assert turns == 8 + 2 * processors.turns(processors.KITS[name].layout).system
+    assert turns == 8 + 2 * processors.turns(processors.KITS[kit].layout).system
     trained = measured["stop tokens that train"]
     assert trained == 4, f"{case.id}: {trained} of the assistant's 4 stop tokens train"
+
+
+RULES: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+    ({"train_on_inputs": True}, {"roles": ("system", "user", "assistant")}),
+    ({"roles_to_train": ["user"]}, {"roles": ("user",)}),
+    ({"roles_to_train": ["system", "assistant"]}, {"roles": ("system", "assistant")}),
+    ({"train_on_eos": "all"}, {"stops": "all"}),
+    ({"train_on_eos": "last"}, {"stops": "last"}),
+    ({"train_on_eos": "none"}, {"stops": "none"}),
+)
+
+
+@check("T09", needs=("plan", "chat"), **LAYOUTS)
+def test_the_roles_that_are_asked_for_train(
+    case: Case, subject: Subject, measured: Measured, kit: str
+) -> None:
+    """train_on_inputs, roles_to_train and train_on_eos label exactly the turns and stops they name.
+
+    https://github.com/axolotl-ai-cloud/axolotl/pull/3625, families.md §7
+    """
+    messages = said(kit, turns=2)
+    ids, usual = expected(kit, messages)
+    for options, rules in RULES:
+        _, labels = expected(kit, messages, **rules)
+        assert labels != usual, f"{case.id}: {options} changes nothing"
+        plan = subject.plan(plan_of(subject).setting, options=options)
+        batch = subject.impl.chat([messages], processors.processor(kit), plan)
+        assert batch["input_ids"][0].tolist() == ids, f"{case.id}: other tokens"
+        got = torch.as_tensor(batch["labels"])[0].tolist()
+        wrong = [i for i, label in enumerate(labels) if got[i] != label]
+        measured["wrong labels"] = measured.get("wrong labels", 0) + len(wrong)
+        where = wrong[0] if wrong else None
+        assert not wrong, f"{case.id}: {options}: {len(wrong)} labels are wrong, first at {where}"
 
 
 @check(
@@ -239,32 +244,29 @@ def test_the_stop_token_trains(
     marks=("training",),
 )
 def test_media_never_train(
-    case: Case, subject: Subject, measured: Measured, unavailable: Decline
+    case: Case, subject: Subject, measured: Measured, image_kit: str
 ) -> None:
     """Padding, pictures, sounds and what begins and ends them are never labelled, anywhere.
 
     https://github.com/axolotl-ai-cloud/axolotl/pull/3625
     """
-    name = subject.model_spec.name
-    if reason := processors.missing(name, "image"):
-        return unavailable(reason)
-    rows = [said(name, index=i, turns=1 + i) for i in range(2)]
+    rows = [said(image_kit, index=i, turns=1 + i) for i in range(2)]
     # an assistant that answers with a picture
     answer = [
         {"type": "text", "text": "a disc"},
         {"type": "image", "image": processors.blank(20, 24)},
     ]
     rows[0].append({"role": "assistant", "content": answer})
-    if name in processors.WITH_SOUND:
+    if image_kit in processors.WITH_SOUND:
         rows[1][1]["content"].append({"type": "audio", "audio": processors.sound(3000)})
-    batch = chat(subject, name, rows)
+    batch = chat(subject, image_kit, rows)
     ids, labels = batch["input_ids"], batch["labels"]
-    media = special(name, "pad", *MEDIA)
+    media = special(image_kit, "pad", *MEDIA)
     seen = {t for t, i in media.items() if bool((ids == i).any())}
     assert {"pad", "image"} < seen, f"{case.id}: the batch has only {sorted(seen)}"
     trained = {t: int((labels == i).sum()) for t, i in media.items()}
     measured["media that train"] = sum(trained.values())
     wrong = {t: n for t, n in trained.items() if n}
     assert not wrong, f"{case.id}: labelled are {wrong}; tolerance 0"
-    own, _ = expected(name, rows[0])
+    own, _ = expected(image_kit, rows[0])
     assert (labels[0, : len(own)] != IGNORE).sum() > 5, f"{case.id}: nothing else trains either"

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from conformance import captioning
+from conformance import captioning, curves, processors
 from conformance.case import Case
 from conformance.check import check
+from conformance.checks.conversations import (
+    IGNORE,
+    chat,
+    expected,
+    pictured,
+    plan_of,
+    rows_of_pictures,
+)
 from conformance.lora import adapted_modules, expert_modules
 from conformance.observe import observe
 from conformance.subject import Subject
+from conformance.tolerances import tolerance
 
 Measured = dict[str, float]
+Curve = Callable[..., None]
 BATCH, STEPS, RATE = 16, 50, 7e-3
 LORA = ("lora+images",)
 EXPERTS = ("lora-experts+images+kernels",)
@@ -33,8 +44,11 @@ def learner(subject: Subject) -> nn.Module:
     return model
 
 
-def judge(case: Case, losses: list[float], subject: Subject, measured: Measured) -> None:
+def judge(
+    case: Case, losses: list[float], subject: Subject, measured: Measured, curve: Curve
+) -> None:
     """The loss starts near ln V and ends below 1."""
+    curve("captions of pictures", "loss", subject.model_spec.name, losses)
     vocabulary = subject.model_spec.text_config["vocab_size"]
     end = sum(losses[-5:]) / 5
     measured["first loss"], measured["last loss"] = losses[0], end
@@ -67,7 +81,9 @@ def towers(model: nn.Module, subject: Subject) -> dict[str, torch.Tensor]:
     settings=LORA,
     marks=("training", "vision"),
 )
-def test_captioning_own_loop(case: Case, subject: Subject, measured: Measured) -> None:
+def test_captioning_own_loop(
+    case: Case, subject: Subject, measured: Measured, curve: Curve
+) -> None:
     """LoRA by the language model's regex, towers frozen, learns captions in fifty steps.
 
     https://docs.axolotl.ai/docs/multimodal.html
@@ -80,7 +96,7 @@ def test_captioning_own_loop(case: Case, subject: Subject, measured: Measured) -
     assert not stray, f"{case.id}: {len(stray)} adapters in frozen towers, such as {stray[0]}"
     task = captioning.task(subject.model_spec, BATCH * STEPS)
     losses = captioning.train(model, task, subject, steps=STEPS, batch_size=BATCH, rate=RATE)
-    judge(case, losses, subject, measured)
+    judge(case, losses, subject, measured, curve)
     check_towers(case, model, subject, before)
 
 
@@ -92,7 +108,7 @@ def test_captioning_own_loop(case: Case, subject: Subject, measured: Measured) -
     marks=("training", "vision"),
 )
 def test_captioning_with_expert_lora_and_kernels(
-    case: Case, subject: Subject, measured: Measured
+    case: Case, subject: Subject, measured: Measured, curve: Curve
 ) -> None:
     """Expert LoRA with the kernels on learns captions in fifty steps of the stack's own loop.
 
@@ -104,7 +120,7 @@ def test_captioning_with_expert_lora_and_kernels(
     held = {n for n in adapted_modules(model) if any(n.startswith(e) for e in experts)}
     assert held, f"{case.id}: no adapter on the experts"
     losses = fitted(model, subject)
-    judge(case, losses, subject, measured)
+    judge(case, losses, subject, measured, curve)
     check_towers(case, model, subject, before)
 
 
@@ -115,7 +131,7 @@ def test_captioning_with_expert_lora_and_kernels(
     settings=LORA,
     marks=("training", "vision"),
 )
-def test_captioning_by_fit(case: Case, subject: Subject, measured: Measured) -> None:
+def test_captioning_by_fit(case: Case, subject: Subject, measured: Measured, curve: Curve) -> None:
     """The stack's own loop keeps the pixels: captions are learnt in fifty steps.
 
     https://docs.axolotl.ai/docs/multimodal.html, remove_unused_columns
@@ -123,7 +139,7 @@ def test_captioning_by_fit(case: Case, subject: Subject, measured: Measured) -> 
     model = learner(subject)
     before = towers(model, subject)
     losses = fitted(model, subject)
-    judge(case, losses, subject, measured)
+    judge(case, losses, subject, measured, curve)
     check_towers(case, model, subject, before)
 
 
@@ -136,6 +152,45 @@ def fitted(model: nn.Module, subject: Subject) -> list[float]:
     losses = [float(row["loss"]) for row in done.state.log_history if "loss" in row]
     assert len(seen.steps) == STEPS, f"{len(seen.steps)} steps were taken, not {STEPS}"
     return losses
+
+
+@check(
+    "V31",
+    needs=("plan", "chat", "fit"),
+    models=("gemma4-dense", "gemma3-vlm", "qwen3_5"),
+    settings=("images",),
+    marks=("training", "vision"),
+)
+def test_conversations_through_the_loop(
+    case: Case, subject: Subject, measured: Measured, image_kit: str
+) -> None:
+    """Conversations with and without pictures train in the stack's own loop: on the assistant's
+    tokens alone from the first step on, and the loss falls.
+
+    https://github.com/huggingface/trl/issues/6577
+    """
+    here, rows = pictured(subject), rows_of_pictures()
+    plan, processor = plan_of(here), processors.processor(image_kit)
+    batch = chat(here, image_kit, rows)
+    batch["labels"] = torch.full_like(batch["labels"], IGNORE)
+    for row, messages in enumerate(rows):
+        _, labels = expected(image_kit, messages)
+        batch["labels"][row, : len(labels)] = torch.tensor(labels)
+    want = float(curves.plain_loss(here.stock("float32"), batch).detach())
+    model = here.model(plan=plan)
+    options: dict[str, Any] = {"steps": 8, "batch_size": len(rows), "lr": 1e-2}
+    with observe(model, optimizer_step=-1) as seen:
+        done = subject.impl.fit(model, rows, plan, processor=processor, **options)
+    losses = [float(row["loss"]) for row in done.state.log_history if "loss" in row]
+    assert len(seen.steps) == len(losses) == 8, f"{case.id}: {len(losses)} steps were taken"
+    measured["first loss"] = abs(losses[0] / want - 1)
+    measured["last loss"] = losses[-1]
+    limit = tolerance("loss/same-model")
+    assert measured["first loss"] <= limit.limit, (
+        f"{case.id}: the first loss is {losses[0]:.6g}, of the assistant's tokens {want:.6g}; off"
+        f" by {measured['first loss']:.3g}, tolerance {limit.limit:g}"
+    )
+    assert losses[-1] < losses[0] / 2, f"{case.id}: the loss goes from {losses[0]} to {losses[-1]}"
 
 
 @check(
@@ -153,9 +208,9 @@ def test_unseen_captions(case: Case, subject: Subject, measured: Measured) -> No
     issue 15, part 2
     """
     model = subject.model(options={"freeze_mm_modules": True})
-    steps = captioning.WHOLE_STEPS
-    task = captioning.task(subject.model_spec, 32 * steps)
-    captioning.train(model, task, subject, steps=steps, batch_size=32, rate=5e-3, decay=True)
+    steps, size, rate = captioning.WHOLE[subject.model_spec.name]
+    task = captioning.task(subject.model_spec, size * steps)
+    captioning.train(model, task, subject, steps=steps, batch_size=size, rate=rate, decay=True)
     right = captioning.right(model, task.unseen, subject)
     swapped = captioning.right(model, captioning.swapped(task.unseen), subject)
     measured["right"], measured["right when swapped"] = right, swapped

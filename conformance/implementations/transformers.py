@@ -103,7 +103,15 @@ class StockTransformers:
                 ),
             ),
         ),
-        Capability("chat"),
+        Capability(
+            "chat",
+            excludes=(
+                Exclusion(
+                    "what trains is what the template marks as generated; nothing chooses roles",
+                    checks=frozenset({"T09"}),
+                ),
+            ),
+        ),
         Capability("loss"),
         Capability("fit"),
         Capability("save"),
@@ -124,7 +132,7 @@ class StockTransformers:
             "gradient_checkpointing_kwargs": kwargs,
             "lora_target_modules": options.get("lora_targets", "all-linear"),
             "lora_target_parameters": options.get("lora_target_parameters", list(EXPERT_PARAMETERS))
-            if setting.tuning == "lora-experts"
+            if setting.tuning == "lora-experts" or "lora_target_parameters" in options
             else [],
             "sample_packing": setting.batch == "packed",
         }
@@ -267,6 +275,7 @@ class StockTransformers:
         """HF `Trainer` with its defaults, but for what makes two runs comparable."""
         import transformers
 
+        processor = options.get("processor")
         directory = options.get("output_dir") or tempfile.mkdtemp(prefix="conformance-fit-")
         arguments = transformers.TrainingArguments(
             output_dir=str(directory),
@@ -283,7 +292,7 @@ class StockTransformers:
             report_to=[],
             use_cpu=next(model.parameters()).device.type == "cpu",
             disable_tqdm=True,
-            remove_unused_columns=options.get("remove_unused_columns", True),
+            remove_unused_columns=options.get("remove_unused_columns", processor is None),
             train_sampling_strategy=options.get("sampling", "sequential"),
             seed=0,
         )
@@ -291,7 +300,11 @@ class StockTransformers:
             model=model,
             args=arguments,
             train_dataset=list(samples),
-            data_collator=lambda rows: self.collate(rows, plan),
+            data_collator=(
+                (lambda rows: self.collate(rows, plan))
+                if processor is None
+                else (lambda rows: self.chat(rows, processor, plan))
+            ),
         )
         if not options.get("output_dir"):  # the trainer is read, and evaluates, after its training
             weakref.finalize(trainer, shutil.rmtree, directory, ignore_errors=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from conformance.expectation import Expectation
 from conformance.implementations.transformers_history import HISTORY
+from conformance.implementations.transformers_quantization import QUANTIZATION
 from conformance.ranks import RankFailed, RanksTimeout
 
 _TRANSFORMERS = "https://github.com/huggingface/transformers/issues"
@@ -367,46 +368,11 @@ ADAPTERS = (
         when=("peft>=0.21",),
     ),
 )
-_BITSANDBYTES_SOURCE = "https://github.com/bitsandbytes-foundation/bitsandbytes"
-_BITSANDBYTES = "https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1849"
-
 TRAINING = (
     *_each(
         ("V13/*/lora+images/single", "V15/qwen3_5/lora+images/single"),
         "`all-linear` adapts the towers too, although a text-only recipe means them frozen (L6)",
         f"{_PEFT}/3129",
-    ),
-    *_each(
-        (
-            "Q01/gemma4-moe/qlora/single",
-            "Q01/mixtral/qlora/single",
-            "Q01/qwen3_5_moe-text/qlora/single",
-        ),
-        "4-bit loading replaces linear layers only: fused expert weights stay as they are",
-        _BITSANDBYTES,
-    ),
-    *_each(
-        ("Q01/gemma3-text/qlora/single", "Q01/gemma4-dense/qlora/single"),
-        "11 % more bytes are held than 4 bits and a scale for each 64 values need (73,440 against"
-        " 66,096 on gemma3-text); the cause was not examined",
-        _BITSANDBYTES_SOURCE,  # no thread known
-    ),
-    *_each(
-        ("Q02/*/qlora/single",),
-        "bitsandbytes on a CPU unpacks a row that is no multiple of its block of 64 wrongly",
-        _BITSANDBYTES_SOURCE,  # no thread known
-    ),
-    *_each(
-        (
-            "P12/*/qlora/single",
-            "Q03/gemma4-*/qlora/single",
-            "Q03/mixtral/qlora/single",
-            "Q04/gemma4-*/qlora/single",
-            "Q04/mixtral/qlora/single",
-        ),
-        "bitsandbytes' packing for evaluation on a CPU takes no row narrower than its block of 64",
-        _BITSANDBYTES_SOURCE,  # no thread known
-        raises=(RuntimeError,),
     ),
 )
 CONVERSATIONS = (
@@ -429,7 +395,7 @@ CONVERSATIONS = (
         f"{_AXOLOTL}/3625",
     ),
     *_each(
-        ("V24/*/images/single", "V25/*/images/single", "V23/gemma4-unified/images/single"),
+        ("V2[45]/*/images/single", "V32/*/images/single", "V23/gemma4-unified/images/single"),
         "the error of a batch says what is wrong and not in which conversation (of a file that is"
         " no picture only where torchvision decodes it)",
         f"{_TRANSFORMERS}/35779",
@@ -438,6 +404,7 @@ CONVERSATIONS = (
 
 EXPECTATIONS: tuple[Expectation, ...] = (
     *TRAINING,
+    *QUANTIZATION,
     *HISTORY,
     *CONVERSATIONS,
     *FORWARD,

@@ -34,24 +34,36 @@ class Turns:
 
 
 def pieces(
-    messages: Sequence[Mapping[str, Any]], how: Turns, medium: Callable[[Mapping[str, Any]], str]
+    messages: Sequence[Mapping[str, Any]],
+    how: Turns,
+    medium: Callable[[Mapping[str, Any]], str],
+    roles: Sequence[str] = ("assistant",),
+    stops: str = "turn",
 ) -> list[Piece]:
-    """The conversation as (text, trained); `medium(part)` is a picture's or sound's own text."""
+    """The conversation as (text, trained); `medium(part)` is a picture's or sound's own text.
+
+    roles: whose turns train. stops: which stop tokens do: "turn" (those turns'), "all", "last",
+    "none".
+    """
     found: list[Piece] = [(how.begin, False)]
     ahead = ""
-    for message in messages:
+    for number, message in enumerate(messages):
         role, content = message["role"], message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if role == "system" and not how.system:
-            ahead = "".join(part["text"] for part in parts) + how.gap
+            ahead = "".join(part["text"] for part in parts)
             continue
-        trained = role == "assistant"
-        found.append((how.header.format(role=how.model if trained else role) + ahead, False))
+        trained, name = role in roles, how.model if role == "assistant" else role
+        found.append((how.header.format(role=name), False))
+        if ahead:
+            found += [(ahead, "system" in roles), (how.gap, False)]
         ahead = ""
         for part in parts:
             words = part["type"] == "text"
             found.append((part["text"] if words else medium(part), trained and words))
-        found += [(how.stop, trained), (how.after, False)]
+        last = number == len(messages) - 1
+        stop = {"turn": trained, "all": True, "last": last, "none": False}[stops]
+        found += [(how.stop, stop), (how.after, False)]
     return found
 
 

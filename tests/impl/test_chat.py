@@ -11,10 +11,13 @@ import torch
 from PIL import Image
 
 from conformance import processors
-from impl.chat import chat_sample, marked_template, media_ids, trained_labels
-from impl.errors import Refused
+from impl.chat import chat_sample, labels_of, marked_template, media_ids
+from impl.errors import ConfigError, Refused
+from impl.fit import fit
+from impl.label_rules import LabelRules
 from impl.multimodal_collate import collate_conversations
 from impl.pictures import opened
+from impl.turns import Turn
 
 WORDS = "qwen3_moe"  # a tokenizer alone
 
@@ -56,11 +59,45 @@ def test_a_stop_token_that_is_marked_is_not_looked_for_again() -> None:
     processor = processors.processor(WORDS)
     stop = processor.convert_tokens_to_ids("<|im_end|>")
     ids = torch.tensor([40, stop, stop, 40])
-    mask = torch.tensor([True, True, False, False])
-    assert trained_labels(ids, mask, processor).tolist() == [40, stop, -100, -100]
-    mask = torch.tensor([True, False, False, False])
-    assert trained_labels(ids, mask, processor).tolist() == [40, stop, -100, -100]
-    assert trained_labels(ids, ~mask & False, processor).tolist() == [-100] * 4
+    for end in (2, 1):
+        turn = [Turn("assistant", 0, end)]
+        assert labels_of(ids, turn, processor).tolist() == [40, stop, -100, -100]
+    assert labels_of(ids, [], processor).tolist() == [-100] * 4
+
+
+@pytest.mark.parametrize(
+    ("rules", "want"),
+    [
+        ({}, "a disc<|im_end|>two<|im_end|>"),
+        ({"train_on_eos": "none"}, "a disctwo"),
+        ({"train_on_eos": "last"}, "a disctwo<|im_end|>"),
+        ({"train_on_eos": "all"}, "<|im_end|>a disc<|im_end|><|im_end|>two<|im_end|>"),
+        ({"roles_to_train": ("user",)}, "what?<|im_end|>and?<|im_end|>"),
+        ({"roles_to_train": (), "train_on_eos": "all"}, "<|im_end|>" * 4),
+        (
+            {"train_on_inputs": True},
+            "what?<|im_end|>a disc<|im_end|>and?<|im_end|>two<|im_end|>",
+        ),
+    ],
+)
+def test_what_trains_is_as_asked(rules: dict[str, Any], want: str) -> None:
+    messages = ask("what?", "a disc", "and?", "two")
+    sample = chat_sample(processors.processor(WORDS), messages, rules=LabelRules(**rules))
+    assert text_of(WORDS, sample) == want
+
+
+def test_a_turn_that_is_not_written_is_refused() -> None:
+    processor = processors.tokenizer("qwen")
+    messages = [*ask("what?", "a disc"), {"role": "critic", "content": "no"}]
+    processor.chat_template = "{% set messages = messages[:2] %}" + processor.chat_template
+    with pytest.raises(Refused, match="conversation 4: .* no turn of its critic"):
+        chat_sample(processor, messages, 4, LabelRules(roles_to_train=("critic",)))
+
+
+@pytest.mark.parametrize("wrong", [{"train_on_eos": "turns"}, {"roles_to_train": "user"}])
+def test_rules_that_make_no_sense(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        LabelRules(**wrong)
 
 
 def test_media_are_named_tokens_and_padding() -> None:
@@ -144,3 +181,17 @@ def test_the_bad_conversation_of_a_batch_is_named() -> None:
     rows[1][1]["content"][0] = {"type": "image", "path": processors.bad_picture("truncated")}
     with pytest.raises(Refused, match=r"conversation 1: picture .*truncated"):
         collate_conversations(rows, processors.processor("gemma4-dense"), plan())
+
+
+@pytest.mark.parametrize(
+    ("samples", "processor", "said"),
+    [
+        ([], None, "no samples"),
+        (["hello"], object(), "sample 0 is no conversation"),
+        ([[{"role": "user", "content": "a"}], ["b"]], object(), "sample 1 is no conversation"),
+        ([[{"role": "user", "content": "a"}]], None, "sample 0 is a list; .* processor="),
+    ],
+)
+def test_fit_names_what_is_no_sample(samples: Any, processor: Any, said: str) -> None:
+    with pytest.raises(Refused, match=said):
+        fit(torch.nn.Linear(2, 2), samples, plan(), steps=1, processor=processor)

@@ -34,6 +34,7 @@ AXOLOTL = {
     "skip_prepare_dataset",
     "remove_unused_columns",
     "sample_packing",
+    "train_on_inputs",
     "freeze_mm_modules",
     "chat_template",
     "adapter",

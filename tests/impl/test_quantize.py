@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,17 @@ def test_experts_and_projections_are_packed(name: str) -> None:
     assert not any("tower" in n for n, m in model.named_modules() if hasattr(m, "quant_state"))
 
 
+def test_an_adapter_adds_no_bytes_but_its_own() -> None:
+    model = built("gemma4-text")
+    before = bytes_by_dtype(model)
+    ready = prepare(model, plan("gemma4-text"))
+    own = sum(p.numel() * p.element_size() for p in ready.parameters() if p.requires_grad)
+    after = bytes_by_dtype(ready)
+    assert after["uint8"] == before["uint8"] > 0
+    assert after["float32"] == before["float32"] + own
+    undo(ready)
+
+
 def by_meaning(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by their keys on disk: PEFT nests adapters of packed experts in another order."""
     tensors: Any = dict(model.named_parameters())
@@ -156,3 +168,15 @@ def test_adapter_round_trip_and_merge(name: str, tmp_path: Path) -> None:
 def test_float64_is_refused() -> None:
     with pytest.raises(Refused, match="float64"):
         built("mixtral", dtype="float64")
+
+
+def test_what_cannot_be_adapted_is_named() -> None:
+    whole = replace(DENSE, modules_to_save=("q_proj",))
+    with pytest.raises(Refused, match=r"layers\.0\.self_attn\.q_proj is held in 4 bits"):
+        prepare(built("gemma4-text", lora=whole), plan("gemma4-text", lora=whole))
+    model: Any = built("gemma4-text")
+    odd = nn.Embedding(2, 3)
+    odd.weight = nn.Parameter(torch.zeros(2, 3, dtype=torch.uint8), requires_grad=False)
+    model.model.layers[1].self_attn.q_proj = odd
+    with pytest.raises(Refused, match=r"layers\.1\.self_attn\.q_proj is a quantised Embedding"):
+        prepare(model, plan("gemma4-text"))
