@@ -45,7 +45,7 @@ def build_key(plan: TrainingPlan) -> tuple[Any, ...] | None:
 
     None where the strategy shards while loading: each rank has its own part.
     """
-    from .parallel_plan import SHARDED_WHILE_LOADING
+    from .plan_draft import SHARDED_WHILE_LOADING
 
     if plan.strategy in SHARDED_WHILE_LOADING:
         return None

@@ -33,7 +33,7 @@ def test_packed_weights_on_ranks_are_one_process(
     https://github.com/axolotl-ai-cloud/axolotl/issues/3374
     """
     required(unavailable)
-    seen = evidence.evidence(subject, whole=False)
+    seen = evidence.evidence(subject)
     stray = [name for name in seen.single.gradients if "lora_" not in name]
     assert not stray, f"{case.id}: {stray[:1]} is trained beside the adapters"
     assert_step(subject, seen, measured)
@@ -48,7 +48,7 @@ def test_bytes_of_a_rank_are_within_the_budget(
     https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1849
     """
     required(unavailable)
-    seen = evidence.evidence(subject, whole=False)
+    seen = evidence.evidence(subject)
     numel = meant(subject)
     assert len(numel) > 10, f"{case.id}: {len(numel)} weights are no decoder"
     parts = 1 if case.strategy.name == "ddp" else case.strategy.ranks
@@ -107,7 +107,7 @@ def test_adapters_of_packed_experts_on_ranks(
     """
     required(unavailable)
     options = {"lora_target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
-    step = partial(spread.observe, whole=False)
+    step = partial(spread.observe, parts=frozenset())
     single = evidence.run_alone(subject, step, options)
     ranks = evidence.run(subject, step, options)
     held = [n for n in single.gradients if ".experts." in n or n.startswith("experts")]
@@ -135,7 +135,7 @@ def test_cut_weights_are_declined_or_right(
         assert "4" in text and case.strategy.name in text, f"{case.id}: no reason: {text}"
         return
     try:
-        seen = evidence.evidence(subject, whole=False)
+        seen = evidence.evidence(subject)
     except subject.refusals as error:
         raise AssertionError(f"{case.id}: planned, and then declined: {error}") from error
     assert_step(subject, seen, measured)
