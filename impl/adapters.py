@@ -69,6 +69,13 @@ def attach(model: nn.Module, plan: TrainingPlan) -> nn.Module:
     return adapted
 
 
+def attach_key(plan: TrainingPlan) -> str | None:
+    """What `attach` reads of a plan: plans of one key get the same adapters. None: without any."""
+    if plan.lora is None:
+        return None
+    return repr((plan.lora, plan.freeze, _keeps_adapters_in_float32(plan)))
+
+
 def make_whole(adapted: nn.Module) -> None:
     """Give adapters of layers that gather their sharded output a whole lora_B on every rank.
 

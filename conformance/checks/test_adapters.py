@@ -69,7 +69,7 @@ def test_expert_names_reach_the_experts(case: Case, subject: Subject) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         plan = subject.plan(options=BY_NAME)
-        model = subject.model(plan=plan)
+        model = subject.adopt(subject.built(plan, case.setting), plan)  # a copy says nothing
     said = [str(w.message) for w in caught] + list(plan.warnings)
     got = adapted_modules(model)
     reached = {e for e in routed if any(m == e or m.startswith(f"{e}.") for m in got)}
