@@ -1,8 +1,8 @@
-"""A deep copy of a model, in a quarter of deepcopy's time: the suite takes one for nearly each case.
+"""A deep copy of a model, in half of deepcopy's time: nearly every case takes one.
 
 Most of what a module holds is empty dicts, flags and other modules, which `copy.deepcopy` takes
-through its general machinery one by one. What is anything else goes through that machinery here too,
-in the same memo, so that whatever is shared inside the model is shared inside its copy.
+through its general machinery one by one. Anything else goes through that machinery here too, in
+the same memo, so that whatever is shared inside the model is shared inside its copy.
 """
 
 from __future__ import annotations

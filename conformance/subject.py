@@ -248,6 +248,15 @@ class Subject:
         loss.backward()  # type: ignore[no-untyped-call]
         return Step(loss=float(loss.detach()), gradients=gradients(model), parameters={})
 
+    def plain_step(self, **changes: str) -> Step:
+        """The step of the case's setting with some dimensions changed, on its own batch.
+
+        It is taken once, since many cases compare with training without what they ask for.
+        """
+        setting = self.case.setting.but(**changes)
+        key = ("step", self.name, self.model_spec.name, setting, self.case.strategy, self.device)
+        return remember(key, lambda: self.step(self.model(setting), self.batch()))
+
     def eval_logits(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
         """Logits in evaluation mode without gradient, labels left out: (B, S, V)."""
         inputs = {key: value for key, value in batch.items() if key != "labels"}

@@ -124,7 +124,9 @@ def gated_delta_layers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]
     """Pairs (decoder layer, its gated delta network), by the parameters such a network has."""
     for layer in every_module(unwrap(model)):
         for child in layer.children():
-            if "conv1d" in child._modules and all(hasattr(child, part) for part in ("A_log", "dt_bias")):
+            if "conv1d" in child._modules and all(
+                hasattr(child, part) for part in ("A_log", "dt_bias")
+            ):
                 yield layer, child
 
 

@@ -51,7 +51,8 @@ def packed(subject: Subject, samples: list[Batch]) -> Batch:
     "S01",
     needs=("prepare", "collate", "loss"),
     without=ATTENTION_ONLY,
-    settings=("packed", "lora+packed", "lora+ckpt-nonreentrant+packed", "packed+kernels"),
+    settings=("packed",),
+    dealt=("lora+packed", "lora+ckpt-nonreentrant+packed", "packed+kernels"),
     marks=("packing",),
 )
 def test_packed_equals_separate(case: Case, subject: Subject, measured: Measured) -> None:
@@ -148,7 +149,8 @@ def test_documents_are_isolated(case: Case, subject: Subject, measured: Measured
     "S03",
     needs=("prepare", "collate", "loss"),
     traits=("linear_attention",),
-    settings=("packed", "lora+packed"),
+    settings=("packed",),
+    dealt=("lora+packed",),
     marks=("packing",),
 )
 def test_recurrent_layers_isolate_or_raise(
@@ -189,7 +191,8 @@ def changed_sample(sample: Batch) -> Batch:
     "S04",
     needs=("prepare", "collate", "loss"),
     without=ATTENTION_ONLY,
-    settings=("packed", "packed+kernels"),
+    settings=("packed",),
+    dealt=("packed+kernels",),
     marks=("packing",),
 )
 def test_all_ones_mask_is_no_mask(case: Case, subject: Subject, measured: Measured) -> None:
