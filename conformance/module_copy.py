@@ -33,7 +33,15 @@ def _module(module: nn.Module, memo: dict[int, Any]) -> Any:
     if not _is_plain(type(module)):
         return copy.deepcopy(module, memo)
     made = memo[id(module)] = type(module).__new__(type(module))
-    made.__dict__.update({name: _value(value, memo) for name, value in vars(module).items()})
+    own = made.__dict__
+    for name, value in vars(module).items():
+        kind = type(value)
+        if kind in _ATOMS:
+            own[name] = value
+        elif kind in _DICTS and not value:  # hooks, above all: nobody shares an empty one
+            own[name] = kind()
+        else:
+            own[name] = _value(value, memo)
     return made
 
 

@@ -249,13 +249,13 @@ class Subject:
         return Step(loss=float(loss.detach()), gradients=gradients(model), parameters={})
 
     def plain_step(self, **changes: str) -> Step:
-        """The step of the case's setting with some dimensions changed, on its own batch.
+        """The step of the case's setting with some dimensions changed, on that setting's batch.
 
         It is taken once, since many cases compare with training without what they ask for.
         """
         setting = self.case.setting.but(**changes)
         key = ("step", self.name, self.model_spec.name, setting, self.case.strategy, self.device)
-        return remember(key, lambda: self.step(self.model(setting), self.batch()))
+        return remember(key, lambda: self.step(self.model(setting), self.batch(setting.batch)))
 
     def eval_logits(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
         """Logits in evaluation mode without gradient, labels left out: (B, S, V)."""

@@ -220,7 +220,7 @@ def test_order_of_batches_is_irrelevant(case: Case, subject: Subject, measured: 
     live defect L26 (one global slot for shared keys and values)
     """
     text = subject.batch("text")
-    want = subject.step(subject.model(), text)
+    want = subject.plain_step(batch="text")
     model = subject.model()
     other = subject.batch() if case.setting.batch != "text" else subject.batch("padded")
     before = subject.step(model, changed(other, 0, 1, subject.model_spec))

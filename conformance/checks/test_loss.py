@@ -187,10 +187,11 @@ def test_no_label_at_all(case: Case, subject: Subject, measured: Measured) -> No
     """
     batch = subject.batch("text")
     empty = {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}
-    full = subject.step(subject.model(), batch, 10)
+    model = subject.model()
+    full = subject.step(model, batch, 10)
     assert full.loss, f"{case.id}: the full batch has loss {full.loss}"
     for n in (10, None):
-        step = subject.step(subject.model(), empty, n)
+        step = subject.step(model, empty, n)
         measured[f"loss, n={n}"] = step.loss if step.loss is not None else math.nan
         assert finite(step), f"{case.id}: loss {step.loss} or a gradient is not finite, n={n}"
         assert step.loss == 0, f"{case.id}: loss {step.loss} without any label, n={n}"

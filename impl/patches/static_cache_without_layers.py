@@ -20,6 +20,9 @@ _WORDS = (
 )
 
 
+_answers: dict[type, bool] = {}  # of configurations that share nothing; a property of the code
+
+
 def makes_none(config: Any) -> bool:
     """Whether a static cache of a text configuration is made without layers."""
     from transformers import StaticCache
@@ -40,7 +43,11 @@ def why_not() -> str | None:
 def applies_to(model: nn.Module, plan: TrainingPlan) -> bool:
     """Whether a static cache of the model's configuration is made without layers."""
     config = text_config(model)
-    return getattr(config, "num_kv_shared_layers", None) == 0 and makes_none(config)
+    if getattr(config, "num_kv_shared_layers", None) != 0:
+        return False
+    if type(config) not in _answers:
+        _answers[type(config)] = makes_none(config)
+    return _answers[type(config)]
 
 
 def apply(model: nn.Module, plan: TrainingPlan) -> Callable[[], None]:
