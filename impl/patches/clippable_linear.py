@@ -18,7 +18,7 @@ ISSUE = "https://github.com/huggingface/peft/issues/3129"
 
 def is_wrapper(module: nn.Module) -> bool:
     """Whether a module only clamps around one child, `linear`, and has no weights of its own."""
-    if set(module._modules) != {"linear"}:
+    if len(module._modules) != 1 or "linear" not in module._modules:
         return False
     from peft.tuners.tuners_utils import BaseTunerLayer
 
