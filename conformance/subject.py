@@ -200,8 +200,11 @@ class Subject:
         self, dtype: str = "float64", attn: str = "eager", experts: str = "eager"
     ) -> nn.Module:
         """The installed class, unpatched, weights by name: the model of the oracles."""
-        model = checkpoint.build_stock(self.model_spec, DTYPES[dtype], attn, experts)
-        return model.to(self.device)
+        key = ("stock", self.model_spec.name, self.device, dtype, attn, experts)
+        if key not in _built:
+            model = checkpoint.build_stock(self.model_spec, DTYPES[dtype], attn, experts)
+            _keep(key, model.to(self.device))
+        return _copy(key)
 
     def samples(self, kind: str | None = None, **options: Any) -> list[dict[str, Any]]:
         """Deterministic samples of a kind (the setting's own by default)."""
