@@ -1,4 +1,4 @@
-"""The default matrix: what is dealt is asked in every family, what is paired is met, all is full."""
+"""The default matrix: dealt settings are asked in each family, pairs are met, the rest is full."""
 
 from __future__ import annotations
 
