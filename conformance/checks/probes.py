@@ -189,6 +189,7 @@ def _gradients_by_query(
 ) -> Iterator[Tensor]:
     """The gradients (Q, …) of the sources that the output depends on, for each row of `told`."""
     options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+    found: Sequence[Tensor | None]
     try:
         found = torch.autograd.grad(output, sources, told, is_grads_batched=True, **options)
     except RuntimeError:  # a backward that someone wrote by hand takes one at a time
