@@ -27,7 +27,7 @@ def every_unsplittable_class_is_wrapped(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(
     "b154",
-    case="X07/*/*offload-legacy/single",
+    case="X07/gemma4-moe/*offload-legacy/single",
     issue="https://github.com/axolotl-ai-cloud/axolotl/pull/3733",
 )
 def only_true_switches_offloading_on(patch: pytest.MonkeyPatch) -> None:
