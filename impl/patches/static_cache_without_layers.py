@@ -20,14 +20,16 @@ _WORDS = (
 )
 
 
-_answers: dict[type, bool] = {}  # of configurations that share nothing; a property of the code
+_answers: dict[type, bool] = {}  # a property of the code
 
 
 def makes_none(config: Any) -> bool:
-    """Whether a static cache of a text configuration is made without layers."""
+    """Whether a static cache of a text configuration that shares nothing is made without layers."""
     from transformers import StaticCache
 
-    return not StaticCache(config=config, max_cache_len=1).layers
+    if type(config) not in _answers:
+        _answers[type(config)] = not StaticCache(config=config, max_cache_len=1).layers
+    return _answers[type(config)]
 
 
 def why_not() -> str | None:
@@ -43,11 +45,7 @@ def why_not() -> str | None:
 def applies_to(model: nn.Module, plan: TrainingPlan) -> bool:
     """Whether a static cache of the model's configuration is made without layers."""
     config = text_config(model)
-    if getattr(config, "num_kv_shared_layers", None) != 0:
-        return False
-    if type(config) not in _answers:
-        _answers[type(config)] = makes_none(config)
-    return _answers[type(config)]
+    return getattr(config, "num_kv_shared_layers", None) == 0 and makes_none(config)
 
 
 def apply(model: nn.Module, plan: TrainingPlan) -> Callable[[], None]:
