@@ -90,8 +90,13 @@ class Check:
     needs: capabilities, the narrowest that can show the claim (empty: the suite's own data or
         the installed libraries are judged).
     traits / without: the model must have all of the first and none of the second; `any_of`: one.
-    settings: setting ids asked for on every model. varies: dimensions over which the pairwise array
-        is asked too. strategies: names. per_model: False for a check that has no model.
+    settings: setting ids asked for on every model. dealt: ids of which the default matrix asks
+        each on one model of a family, in turn, and the full one on every model: combinations whose
+        two halves are asked of every model, by this check and another one.
+    varies: dimensions over which the pairwise array is asked too. pairs_over: whether that array
+        holds each pair of values, and of a value and a model, ("model"), or each pair of values in
+        each family ("family"), or once ("all", where the claim is about the stack).
+    strategies: names. per_model: False for a check that has no model.
     tier: "process", "ranks", "kernels", "vision", "training" ... becomes a marker.
     correctness: True if it judges numbers or behaviour, and so owes a mutant.
     nightly: asked in the full matrix only, being long.
@@ -108,7 +113,9 @@ class Check:
     any_of: frozenset[str] = frozenset()
     models: tuple[str, ...] = ()
     settings: tuple[str, ...] = ("-",)
+    dealt: tuple[str, ...] = ()
     varies: tuple[str, ...] = ()
+    pairs_over: str = "model"
     strategies: tuple[str, ...] = ("single",)
     per_model: bool = True
     marks: tuple[str, ...] = ()

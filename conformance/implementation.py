@@ -153,7 +153,12 @@ class Implementation(Protocol):
         """Patch, freeze, adapt, kernels, checkpointing, offload; ready to train."""
 
     def undo(self, model: nn.Module) -> None:
-        """Take back everything global that `prepare` did."""
+        """Take back everything global that `prepare` did.
+
+        An adapter may also have `adapter_key(plan)`: what attaching adapters reads of a plan, None
+        if there are none. It says so that a model, prepared and undone, still has its adapters and
+        may be prepared again by a plan of an equal key; the suite then copies such models.
+        """
 
     def parallelize(self, model: nn.Module, plan: TrainingPlan, mesh: Any) -> nn.Module:
         """Spread a prepared model over the ranks of a device mesh."""

@@ -3,10 +3,18 @@
 Every check runs on every model that has its traits in its own settings. The rest is a covering
 array for each family: each pair of values of two dimensions of `settings.DIMENSIONS`, and of a
 dimension and a model, occurs in at least one row. A full product would be 60,000 cases and more.
+
+A pair of a setting and a model is asked once, by the check that would see it break: N01 compares
+every value of every dimension on every model with training without it. So M01 and X07 hold pairs of
+values without the model (`Check.pairs_over`; M05 and O01 see on every model that layers are run
+again and tensors leave), and a check some of whose own settings add what changes nothing by N01 to
+what it asks of every model deals these over the models (`Check.dealt`). The full matrix asks all of
+it of every model.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from functools import cache
 from itertools import combinations, product
@@ -38,12 +46,16 @@ def coherent(setting: Setting) -> bool:
 
 @cache
 def covering_settings(
-    dimensions: tuple[str, ...], family: tuple[Model, ...], full: bool = False
+    dimensions: tuple[str, ...],
+    family: tuple[Model, ...],
+    full: bool = False,
+    by_model: bool = True,
 ) -> dict[str, tuple[Setting, ...]]:
     """Settings for each model of a family, by name, greedily and deterministically.
 
     Every pair of values of two dimensions, and of a dimension and a model, occurs in the family;
     each model has the default setting and every combination of `BY_HAND` that applies to it.
+    by_model: False for pairs of two dimensions only, and the default setting.
     full: the whole product instead.
     """
     names = tuple(name for name in DIMENSIONS if name in dimensions)
@@ -56,37 +68,47 @@ def covering_settings(
     ]
     rows = candidates
     if not full and len(names) > 1:
-        by_hand = [Setting(), *(Setting.parse(text) for text in BY_HAND)]
+        by_hand = [Setting(), *(Setting.parse(text) for text in BY_HAND if by_model)]
         asked = [row for row in candidates if row[1] in by_hand]
-        rows = [*asked, *_cover(candidates, asked, names)]
+        rows = [*asked, *_cover(candidates, asked, names, by_model)]
     return {m.name: tuple(s for name, s in rows if name == m.name) for m in family}
 
 
-def _cover(candidates: Sequence[Row], given: Sequence[Row], names: Sequence[str]) -> list[Row]:
+def _cover(
+    candidates: Sequence[Row], given: Sequence[Row], names: Sequence[str], by_model: bool
+) -> list[Row]:
     """Rows that, with the given ones, hold every pair: for the first pair that is missing, the
-    candidate that holds most of the missing ones."""
-    pairs = {row: frozenset(_pairs(row, names)) for row in candidates}
+    candidate that holds most of the missing ones, of the model with the fewest rows so far."""
+    pairs = {row: frozenset(_pairs(row, names, by_model)) for row in candidates}
     holders: dict[Hashable, list[Row]] = {}
     for row in candidates:
         for pair in pairs[row]:
             holders.setdefault(pair, []).append(row)
-    missing = dict.fromkeys(pair for row in candidates for pair in _pairs(row, names))
+    missing = dict.fromkeys(pair for row in candidates for pair in _pairs(row, names, by_model))
     chosen: list[Row] = []
+    taken = Counter[str]()
     for row in given:
         for pair in pairs[row]:
             missing.pop(pair, None)
     while missing:
-        best = max(holders[next(iter(missing))], key=lambda row: len(pairs[row] & missing.keys()))
+        best = max(
+            holders[next(iter(missing))],
+            key=lambda row: (
+                len(pairs[row] & missing.keys()),
+                -taken[row[0]] if not by_model else 0,
+            ),
+        )
+        taken[best[0]] += 1
         for pair in pairs[best]:
             missing.pop(pair, None)
         chosen.append(best)
     return chosen
 
 
-def _pairs(row: Row, names: Sequence[str]) -> Iterator[Hashable]:
+def _pairs(row: Row, names: Sequence[str], by_model: bool) -> Iterator[Hashable]:
     model, setting = row
-    values = [("model", model), *((name, getattr(setting, name)) for name in names)]
-    yield from combinations(values, 2)
+    values = [(name, getattr(setting, name)) for name in names]
+    yield from combinations([("model", model), *values] if by_model else values, 2)
 
 
 def cases(check: Check, matrix: str = "default") -> list[Case]:
@@ -105,9 +127,13 @@ def cases(check: Check, matrix: str = "default") -> list[Case]:
 
 def _cases_of_model(check: Check, model: Model, full: bool) -> list[Case]:
     asked = [Setting.parse(text) for text in check.settings]
+    family = tuple(m for m in MODELS.values() if m.family == model.family and check.asks(m))
+    asked += [setting for setting, who in _deal(check, family) if full or who is model]
     if check.varies:
-        family = (m for m in MODELS.values() if m.family == model.family and check.asks(m))
-        asked += covering_settings(check.varies, tuple(family), full)[model.name]
+        if check.pairs_over == "all":
+            family = tuple(m for m in MODELS.values() if check.asks(m))
+        by_model = check.pairs_over == "model"
+        asked += covering_settings(check.varies, family, full, by_model)[model.name]
     settings = [s for s in dict.fromkeys(asked) if s.applies_to(model.traits)]
     strategies = [
         STRATEGIES[name] for name in check.strategies if STRATEGIES[name].applies_to(model.traits)
@@ -125,6 +151,15 @@ def _first_of_family(check: Check, family: str, strategy: Strategy) -> Model:
     """The first model of a family that a check asks and that can be spread so."""
     members = (m for m in MODELS.values() if m.family == family and check.asks(m))
     return next(m for m in members if strategy.applies_to(m.traits))
+
+
+def _deal(check: Check, family: Sequence[Model]) -> Iterator[tuple[Setting, Model]]:
+    """Each dealt setting with a model of the family that it applies to; checks begin apart."""
+    for number, text in enumerate(check.dealt, start=sum(map(ord, check.id))):
+        setting = Setting.parse(text)
+        able = [m for m in family if setting.applies_to(m.traits)]
+        if able:
+            yield setting, able[number % len(able)]
 
 
 def _spread(

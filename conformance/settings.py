@@ -101,6 +101,7 @@ class Setting:
     def applies_to(self, traits: frozenset[str]) -> bool:
         """Whether a model with these traits can be trained so."""
         return all(
-            traits >= NEEDS_TRAITS.get((name, getattr(self, name)), frozenset())
-            for name in DIMENSIONS
+            traits >= needed
+            for (name, value), needed in NEEDS_TRAITS.items()
+            if getattr(self, name) == value
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,14 +13,17 @@ from torch import nn
 from conformance import batches, checkpoint
 from conformance.case import Case, Model
 from conformance.implementation import Loaded
+from conformance.module_copy import copied
 from conformance.observe import Step
 from conformance.settings import Setting
 from conformance.weights import canonical_name, fill_adapters
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float64")}
 
-# Built models by (implementation, model, setting, overrides): a copy costs a tenth of a load.
+# Models as built and, by a longer key, with their adapters: a copy costs a tenth of making one.
 _built: dict[tuple[Any, ...], nn.Module] = {}
+_asked: set[tuple[Any, ...]] = set()
+_KEPT = 256  # tiny models of a megabyte each
 _remembered: dict[tuple[Any, ...], Any] = {}
 T = TypeVar("T")
 
@@ -30,6 +31,7 @@ T = TypeVar("T")
 def forget_models() -> None:
     """Drop the built models, so that the next case loads its own."""
     _built.clear()
+    _asked.clear()
     _remembered.clear()
 
 
@@ -125,7 +127,7 @@ class Subject:
     def built(self, plan: Any, setting: Setting) -> nn.Module:
         """The unprepared model, loaded by the implementation from a checkpoint on disk."""
         spec = self.model_spec
-        key = (self.name, spec.name, self.device, *self._build_key(plan, setting))
+        key = self._build_key(plan, setting)
         if key not in _built:
             path = checkpoint.checkpoint(spec, "float32")
             if self.claims("build"):
@@ -135,19 +137,37 @@ class Subject:
             model = model.to(self.device)
             if setting.tuning == "qlora":  # copies of a parametrized module share its class
                 return model
-            if len(_built) > 64:
-                _built.clear()
-            _built[key] = model
-        return _copied(_built[key])
+            _keep(key, model)
+        return _copy(key)
 
     def _build_key(self, plan: Any, setting: Setting) -> tuple[Any, ...]:
         """By the adapter's word what its `build` reads of a plan, else all of it."""
+        who = (self.name, self.model_spec.name, self.device)
         key = self.impl.build_key(plan) if hasattr(self.impl, "build_key") else None
         if key is not None:
-            return (key,)
+            return (*who, key)
         if self.claims("build"):
-            return (setting, repr(getattr(plan, "decisions", None)))
-        return (setting.dtype,)
+            return (*who, setting, repr(getattr(plan, "decisions", None)))
+        return (*who, setting.dtype)
+
+    def _unprepared(self, plan: Any, setting: Setting) -> nn.Module:
+        """The built model, or a copy of one that has got its adapters already.
+
+        Attaching them takes four times as long as a copy. The first model of a key goes through
+        `prepare` bare; from the second on they are copies of one that was prepared and undone.
+        """
+        adapter = getattr(self.impl, "adapter_key", lambda _: None)(plan)
+        if adapter is None or setting.tuning == "qlora":
+            return self.built(plan, setting)
+        key = (*self._build_key(plan, setting), adapter)
+        if key not in _asked:
+            _asked.add(key)
+            return self.built(plan, setting)
+        if key not in _built:
+            model = self.impl.prepare(self.built(plan, setting), plan)
+            self.impl.undo(model)
+            _keep(key, model)
+        return _copy(key)
 
     def model(
         self,
@@ -165,7 +185,8 @@ class Subject:
         setting = (setting or self.case.setting).but(**changes)
         if plan is None:
             plan = self.plan(setting, options=options)
-        return self.adopt(self.built(plan, setting), plan, adapters and setting.tuning != "full")
+        model = self._unprepared(plan, setting)
+        return self.adopt(model, plan, adapters and setting.tuning != "full")
 
     def adopt(self, model: nn.Module, plan: Any, adapters: bool = True) -> nn.Module:
         """Prepare a built model by the plan; it is undone when the case ends."""
@@ -180,8 +201,11 @@ class Subject:
         self, dtype: str = "float64", attn: str = "eager", experts: str = "eager"
     ) -> nn.Module:
         """The installed class, unpatched, weights by name: the model of the oracles."""
-        model = checkpoint.build_stock(self.model_spec, DTYPES[dtype], attn, experts)
-        return model.to(self.device)
+        key = ("stock", self.model_spec.name, self.device, dtype, attn, experts)
+        if key not in _built:
+            model = checkpoint.build_stock(self.model_spec, DTYPES[dtype], attn, experts)
+            _keep(key, model.to(self.device))
+        return _copy(key)
 
     def samples(self, kind: str | None = None, **options: Any) -> list[dict[str, Any]]:
         """Deterministic samples of a kind (the setting's own by default)."""
@@ -228,6 +252,15 @@ class Subject:
         loss.backward()  # type: ignore[no-untyped-call]
         return Step(loss=float(loss.detach()), gradients=gradients(model), parameters={})
 
+    def plain_step(self, **changes: str) -> Step:
+        """The step of the case's setting with some dimensions changed, on that setting's batch.
+
+        It is taken once, since many cases compare with training without what they ask for.
+        """
+        setting = self.case.setting.but(**changes)
+        key = ("step", self.name, self.model_spec.name, setting, self.case.strategy, self.device)
+        return remember(key, lambda: self.step(self.model(setting), self.batch(setting.batch)))
+
     def eval_logits(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
         """Logits in evaluation mode without gradient, labels left out: (B, S, V)."""
         inputs = {key: value for key, value in batch.items() if key != "labels"}
@@ -254,14 +287,15 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def _copied(model: nn.Module) -> nn.Module:
-    """A deep copy, at half of deepcopy's price: most of what a module holds is empty dicts."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            if type(value) in (dict, OrderedDict) and not value:
-                memo[id(value)] = type(value)()
-    return copy.deepcopy(model, memo)
+def _keep(key: tuple[Any, ...], model: nn.Module) -> None:
+    if len(_built) > _KEPT:
+        _built.clear()
+    _built[key] = model
+
+
+def _copy(key: tuple[Any, ...]) -> nn.Module:
+    model: nn.Module = copied(_built[key])
+    return model
 
 
 def _moved(tensor: torch.Tensor, device: str, dtype: torch.dtype) -> torch.Tensor:

@@ -84,6 +84,13 @@ def _refuse_packed(model: nn.Module, lora: LoraPlan, names: Iterable[str]) -> No
             raise Refused(f"LoRA: {name} is a quantised {kind}, which takes no adapter")
 
 
+def attach_key(plan: TrainingPlan) -> str | None:
+    """What `attach` reads of a plan: plans of one key get the same adapters. None: without any."""
+    if plan.lora is None:
+        return None
+    return repr((plan.lora, plan.freeze, _keeps_adapters_in_float32(plan)))
+
+
 def make_whole(adapted: nn.Module) -> None:
     """Give adapters of layers that gather their sharded output a whole lora_B on every rank.
 

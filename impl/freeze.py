@@ -16,7 +16,7 @@ def frozen_components(
     wanted, found = set(components), ""
     for name, module in model.named_modules():
         inside = bool(found) and name.startswith(found)
-        if not inside and name and wanted & set(name.split(".")):
+        if not inside and name.rpartition(".")[2] in wanted:
             found = f"{name}."
             yield name, module
 

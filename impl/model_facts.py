@@ -91,6 +91,19 @@ def bidirectional_images(model: nn.Module) -> bool:
     return getattr(text_config(model), "use_bidirectional_attention", None) == "vision"
 
 
+def every_module(model: nn.Module) -> Iterator[nn.Module]:
+    """What `model.modules()` gives, in its order, in a third of its time: no names are made."""
+    seen: set[int] = set()
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield module
+        waiting.extend(child for child in reversed(module._modules.values()) if child is not None)
+
+
 def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules that hold all experts in parameters of rank 3, with their names."""
     for name, module in model.named_modules():
@@ -109,15 +122,18 @@ def is_moe(model: nn.Module) -> bool:
 
 def gated_delta_layers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Pairs (decoder layer, its gated delta network), by the parameters such a network has."""
-    for layer in unwrap(model).modules():
+    for layer in every_module(unwrap(model)):
         for child in layer.children():
-            if all(hasattr(child, part) for part in ("A_log", "dt_bias", "conv1d")):
+            if "conv1d" in child._modules and all(
+                hasattr(child, part) for part in ("A_log", "dt_bias")
+            ):
                 yield layer, child
 
 
 def on_meta(model: nn.Module) -> bool:
     """Whether any parameter has no storage yet."""
-    return any(p.is_meta for p in model.parameters())
+    own = (module._parameters.values() for module in every_module(model))
+    return any(p is not None and p.is_meta for parameters in own for p in parameters)
 
 
 def placeholder_ids(model: nn.Module) -> frozenset[int]:

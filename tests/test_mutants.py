@@ -20,7 +20,8 @@ MUTANTS = load_mutants()
 
 def _case(mutant: Mutant) -> Case:
     check, _ = checks()[mutant.killed_by]
-    found = [c for c in cases(check, "full") if fnmatchcase(c.id, mutant.case)]
+    matrix = "full" if check.nightly else "default"
+    found = [c for c in cases(check, matrix) if fnmatchcase(c.id, mutant.case)]
     assert found, f"{mutant.name}: no case matches {mutant.case}"
     return found[0]
 

@@ -26,7 +26,12 @@ import conformance.torchvision_ops  # noqa: E402, F401
 
 @pytest.fixture(autouse=True, scope="module")
 def _imports_are_not_garbage(_thawed: None) -> None:
-    """Trainer collects garbage at each start: a quarter of a second while it walks the imports."""
+    """Trainer collects garbage at each start: a quarter of a second while it walks the imports.
+
+    Whole collections are rare: with nothing but the frozen in the oldest generation, Python would
+    start one every few models, and each walks all that is kept.
+    """
+    gc.set_threshold(20_000, 20, 20)
     gc.collect()
     gc.freeze()
 

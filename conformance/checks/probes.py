@@ -173,13 +173,31 @@ def _reach_of(output: Tensor, leaves: Sequence[Tensor]) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     probe = torch.rand(output.shape[-1], generator=generator, dtype=torch.float64).to(output) + 0.5
     sources = [leaf for leaf in leaves if leaf.shape[:-1] == output.shape[:-1]]
-    rows = []
-    for query in range(output.shape[-2]):
-        told = (output.select(-2, query) @ probe).sum()
-        found = torch.autograd.grad(told, sources, retain_graph=True, allow_unused=True)
-        hits = [(g != 0).any(-1).reshape(-1, *g.shape[-3:-1]) for g in found if g is not None]
-        rows.append(torch.cat(hits).any(0))
-    return torch.stack(rows, dim=1).cpu()
+    queries = output.shape[-2]
+    told = torch.zeros(queries, *output.shape).to(output)  # of one query each
+    for query in range(queries):
+        told[query].select(-2, query).copy_(probe.expand_as(output.select(-2, query)))
+    hits = [
+        (gradient != 0).any(-1).reshape(queries, -1, *gradient.shape[-3:-1])
+        for gradient in _gradients_by_query(output, sources, told)
+    ]
+    return torch.cat(hits, 1).any(1).transpose(0, 1).cpu()
+
+
+def _gradients_by_query(
+    output: Tensor, sources: Sequence[Tensor], told: Tensor
+) -> Iterator[Tensor]:
+    """The gradients (Q, …) of the sources that the output depends on, for each row of `told`."""
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+    found: Sequence[Tensor | None]
+    try:
+        found = torch.autograd.grad(output, sources, told, is_grads_batched=True, **options)
+    except RuntimeError:  # a backward that someone wrote by hand takes one at a time
+        rows = [torch.autograd.grad(output, sources, each, **options) for each in told]
+        found = tuple(
+            None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)
+        )
+    yield from (gradient for gradient in found if gradient is not None)
 
 
 def assert_reach(

@@ -30,7 +30,7 @@ def keys_on_disk(path: Path) -> set[str]:
     return found
 
 
-@check("C01", needs=("build", "save", "load"), settings=("-", "bf16"))
+@check("C01", needs=("build", "save", "load"), dealt=("bf16",))
 def test_round_trip_is_bitwise(
     case: Case, subject: Subject, measured: Measured, tmp_path: Path
 ) -> None:
@@ -176,7 +176,7 @@ def test_merged_export(case: Case, subject: Subject, measured: Measured, tmp_pat
     assert_equal(case.id, "logits", subject.eval_logits(again, batch), want, measured)
 
 
-@check("C07", needs=("fit", "resume"), settings=("-", "lora"))
+@check("C07", needs=("fit", "resume"), dealt=("lora",))
 def test_resume_is_exact(case: Case, subject: Subject, measured: Measured, tmp_path: Path) -> None:
     """N + M steps equal N, save, resume, M: parameters bit for bit, data order and schedule too.
 

@@ -131,6 +131,7 @@ def test_tiny_obeys_the_fixture_rules(case: Case, subject: Subject) -> None:
     "X07",
     needs=("prepare", "loss"),
     varies=("tuning", "checkpointing", "offload"),
+    pairs_over="all",
 )
 def test_requested_features_take_effect(case: Case, subject: Subject, measured: Measured) -> None:
     """What a setting asks for is seen to happen: adapters, recomputation, offloading, no logits.
@@ -200,13 +201,8 @@ def test_setting_keeps_the_gradients(case: Case, subject: Subject, measured: Mea
 
     The covering array over settings; each pair of them was once a defect of its own (bugs.md)
     """
-    batch = subject.batch()
-    setting = case.setting.but(checkpointing="off", offload="off", kernels="off")
-    plain = remember(
-        ("N01", subject.name, subject.model_spec.name, setting, subject.device),
-        lambda: subject.step(subject.model(setting), batch),
-    )
-    got = subject.step(subject.model(), batch)
+    plain = subject.plain_step(checkpointing="off", offload="off", kernels="off")
+    got = subject.step(subject.model(), subject.batch())
     assert any(g.any() for g in plain.gradients.values()), f"{case.id}: the oracle has no gradient"
     limit = tolerance("gradients/settings", subject.numerics)
     assert_close_step(case.id, got, plain, limit, measured)

@@ -32,7 +32,7 @@ def test_load_dtype_is_the_asked_one(case: Case, subject: Subject) -> None:
     assert not wrong, f"{case.id}: {len(wrong)} parameters are not {wanted}: {next(iter(wrong))}"
 
 
-@check("D02", needs=("prepare", "loss", "save"), settings=("bf16", "bf16+lora"))
+@check("D02", needs=("prepare", "loss", "save"), settings=("bf16",), dealt=("bf16+lora",))
 def test_dtypes_are_stable(case: Case, subject: Subject, tmp_path: Path) -> None:
     """A step, autocast and saving leave the dtype of every parameter and buffer as it was.
 

@@ -120,7 +120,8 @@ def test_any_labels(case: Case, subject: Subject, measured: Measured) -> None:
 @check(
     "L02",
     needs=("prepare", "collate", "fit"),
-    settings=("fp64", "fp64+images", "fp64+lora"),
+    settings=("fp64", "fp64+images"),
+    dealt=("fp64+lora",),
     marks=TRAINING,
 )
 def test_accumulation_equals_one_batch(case: Case, subject: Subject, measured: Measured) -> None:
@@ -178,7 +179,7 @@ def test_short_last_window(case: Case, subject: Subject, measured: Measured) -> 
         assert_close_gradients(case.id, got, truth, row, measured)
 
 
-@check("L06", needs=("prepare", "loss"), settings=("-", "kernels", "lora"))
+@check("L06", needs=("prepare", "loss"), dealt=("kernels", "lora"))
 def test_no_label_at_all(case: Case, subject: Subject, measured: Measured) -> None:
     """A micro-batch without any label has loss 0 and finite gradients, with and without a count.
 
@@ -186,10 +187,11 @@ def test_no_label_at_all(case: Case, subject: Subject, measured: Measured) -> No
     """
     batch = subject.batch("text")
     empty = {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}
-    full = subject.step(subject.model(), batch, 10)
+    model = subject.model()
+    full = subject.step(model, batch, 10)
     assert full.loss, f"{case.id}: the full batch has loss {full.loss}"
     for n in (10, None):
-        step = subject.step(subject.model(), empty, n)
+        step = subject.step(model, empty, n)
         measured[f"loss, n={n}"] = step.loss if step.loss is not None else math.nan
         assert finite(step), f"{case.id}: loss {step.loss} or a gradient is not finite, n={n}"
         assert step.loss == 0, f"{case.id}: loss {step.loss} without any label, n={n}"
@@ -197,7 +199,7 @@ def test_no_label_at_all(case: Case, subject: Subject, measured: Measured) -> No
         assert not extra, f"{case.id}: {len(extra)} gradients are not 0, such as {extra[0]}"
 
 
-@check("L07", needs=("prepare", "loss"), settings=("-", "kernels"))
+@check("L07", needs=("prepare", "loss"), dealt=("kernels",))
 def test_item_count_of_any_type(case: Case, subject: Subject, measured: Measured) -> None:
     """The number of items may be an int, a float, or a tensor of any integer type or device.
 

@@ -51,7 +51,8 @@ def packed(subject: Subject, samples: list[Batch]) -> Batch:
     "S01",
     needs=("prepare", "collate", "loss"),
     without=ATTENTION_ONLY,
-    settings=("packed", "lora+packed", "lora+ckpt-nonreentrant+packed", "packed+kernels"),
+    settings=("packed",),
+    dealt=("lora+packed", "lora+ckpt-nonreentrant+packed", "packed+kernels"),
     marks=("packing",),
 )
 def test_packed_equals_separate(case: Case, subject: Subject, measured: Measured) -> None:
@@ -66,8 +67,8 @@ def test_packed_equals_separate(case: Case, subject: Subject, measured: Measured
     assert len(set(counts)) > 1, f"{case.id}: equal label counts {counts} hide the weighting"
     want = accumulated(subject, subject.model(), parts, n)
     row = tolerance("gradients/accumulated", subject.numerics)
-    assert_close_step(case.id, subject.step(subject.model(), whole, n), want, row, measured)
     model = subject.model()
+    assert_close_step(case.id, subject.step(model, whole, n), want, row, measured)
     logits = torch.cat([subject.eval_logits(model, part) for part in parts], dim=1)
     got = subject.eval_logits(model, whole)
     assert_close(case.id, "eval logits", got, logits, tolerance("logits/padded"), measured)
@@ -148,7 +149,8 @@ def test_documents_are_isolated(case: Case, subject: Subject, measured: Measured
     "S03",
     needs=("prepare", "collate", "loss"),
     traits=("linear_attention",),
-    settings=("packed", "lora+packed"),
+    settings=("packed",),
+    dealt=("lora+packed",),
     marks=("packing",),
 )
 def test_recurrent_layers_isolate_or_raise(
@@ -189,7 +191,8 @@ def changed_sample(sample: Batch) -> Batch:
     "S04",
     needs=("prepare", "collate", "loss"),
     without=ATTENTION_ONLY,
-    settings=("packed", "packed+kernels"),
+    settings=("packed",),
+    dealt=("packed+kernels",),
     marks=("packing",),
 )
 def test_all_ones_mask_is_no_mask(case: Case, subject: Subject, measured: Measured) -> None:
@@ -294,7 +297,8 @@ def test_packed_images_restart(case: Case, subject: Subject, measured: Measured)
     assert any("pixel" in key for key in whole), f"{case.id}: the packed row has no image"
     n = sum(labelled(part) for part in parts)
     want = accumulated(subject, subject.model(), parts, n)
-    got = subject.step(subject.model(), whole, n)
+    model = subject.model()
+    got = subject.step(model, whole, n)
     row = tolerance("gradients/accumulated", subject.numerics)
     assert_close_step(case.id, got, want, row, measured)
-    assert_reach(case, subject.model(), whole, measured, ("sliding_attention", "full_attention"))
+    assert_reach(case, model, whole, measured, ("sliding_attention", "full_attention"))

@@ -101,6 +101,10 @@ class Reference:
         """Patch, freeze, adapt, kernels, checkpointing, offload."""
         return _part("prepare").prepare(model, plan)
 
+    def adapter_key(self, plan: Any) -> Any:
+        """What attaching adapters reads of a plan; `undo` leaves them."""
+        return _part("adapters").attach_key(plan)
+
     def undo(self, model: Any) -> None:
         """Take `prepare` back."""
         _part("prepare").undo(model)

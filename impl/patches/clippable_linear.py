@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..model_facts import every_module
 from ..training_plan import TrainingPlan
 from .swap import swap
 
@@ -17,18 +18,19 @@ ISSUE = "https://github.com/huggingface/peft/issues/3129"
 
 def is_wrapper(module: nn.Module) -> bool:
     """Whether a module only clamps around one child, `linear`, and has no weights of its own."""
+    if len(module._modules) != 1 or "linear" not in module._modules:
+        return False
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    children = dict(module.named_children())
-    if isinstance(module, BaseTunerLayer) or set(children) != {"linear"}:
+    if isinstance(module, BaseTunerLayer):
         return False
     bare = next(module.parameters(recurse=False), None) is None
-    return bare and isinstance(children["linear"], nn.Linear | BaseTunerLayer)
+    return bare and isinstance(module._modules["linear"], nn.Linear | BaseTunerLayer)
 
 
 def applies_to(model: nn.Module, plan: TrainingPlan) -> bool:
     """Whether the model has such wrappers (an adapter may be attached or loaded)."""
-    return any(is_wrapper(module) for module in model.modules())
+    return any(is_wrapper(module) for module in every_module(model))
 
 
 def _redirect(original: Callable[..., None]) -> Callable[..., None]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Refused
-from ..model_facts import unwrap
+from ..model_facts import every_module, unwrap
 from ..training_plan import TrainingPlan
 
 REASON = "logits from inputs_embeds differ by 9 to 14 % from those of the same input_ids"
@@ -19,7 +19,7 @@ ISSUE = "https://github.com/huggingface/transformers/blob/main/src/transformers/
 
 def _decoder(model: nn.Module) -> Any:
     """The text model whose per-layer inputs come from ids alone, or None."""
-    for module in unwrap(model).modules():
+    for module in every_module(unwrap(model)):
         made = getattr(type(module), "get_per_layer_inputs", None)
         if made and hasattr(module, "embed_tokens_per_layer"):
             # gemma4 also takes inputs_embeds there and recovers the ids itself

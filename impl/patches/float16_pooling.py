@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model_facts import unwrap
+from ..model_facts import every_module, unwrap
 from ..training_plan import TrainingPlan
 
 REASON = "large activations times the root of the width are infinite in float16, so the logits NaN"
@@ -17,8 +17,8 @@ ISSUE = "https://github.com/huggingface/transformers/issues/46277"
 
 def _towers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Pairs (vision tower, its pooler) whose pooler returns float16 as it got it."""
-    for tower in unwrap(model).modules():
-        pooler = getattr(tower, "pooler", None)
+    for tower in every_module(unwrap(model)):
+        pooler = tower._modules.get("pooler")
         if not isinstance(pooler, nn.Module) or not hasattr(pooler, "root_hidden_size"):
             continue
         if pooled_dtype(pooler) == torch.float16:

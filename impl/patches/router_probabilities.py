@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model_facts import text_config, unwrap
+from ..model_facts import every_module, text_config, unwrap
 from ..training_plan import TrainingPlan
 from .swap import swap
 
@@ -33,7 +33,7 @@ def applies_to(model: nn.Module, plan: TrainingPlan) -> bool:
 def _recorded(model: nn.Module) -> set[type[nn.Module]]:
     """The router classes whose first output the model records as router logits."""
     found: set[type[nn.Module]] = set()
-    for module in unwrap(model).modules():
+    for module in every_module(unwrap(model)):
         recorder = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
         target = getattr(recorder, "target_class", recorder)
         if (

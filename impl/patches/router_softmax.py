@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..model_facts import text_config, unwrap
+from ..model_facts import every_module, text_config, unwrap
 from ..training_plan import TrainingPlan
 
 REASON = "eight bits of a probability do not tell apart the experts that a token could go to"
@@ -32,8 +32,8 @@ class _Float32Softmax(TorchFunctionMode):
 
 def _routers(model: nn.Module) -> Iterator[nn.Module]:
     """Routers that are modules of their own and scale their experts: they return probabilities."""
-    for module in unwrap(model).modules():
-        if hasattr(module, "per_expert_scale") and hasattr(module, "proj"):
+    for module in every_module(unwrap(model)):
+        if "proj" in module._modules and hasattr(module, "per_expert_scale"):
             yield module
 
 

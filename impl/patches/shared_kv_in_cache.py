@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 
 from torch import nn
 
 from ..errors import Refused
-from ..model_facts import unwrap
+from ..model_facts import every_module, unwrap
 from ..training_plan import TrainingPlan
 
 REASON = (
@@ -37,12 +38,18 @@ def reads_cache_alone(attention: nn.Module) -> bool:
     """Whether an attention that consumes shared keys and values finds them in the cache only."""
     if not getattr(attention, "is_kv_shared_layer", False):
         return False
-    return _MARK in inspect.getsource(type(attention).forward)
+    return _reads_marked(type(attention).forward)
+
+
+@cache
+def _reads_marked(forward: Callable[..., object]) -> bool:
+    """A property of the code, read once."""
+    return _MARK in inspect.getsource(forward)
 
 
 def applies_to(model: nn.Module, plan: TrainingPlan) -> bool:
     """Whether some layer would."""
-    return any(reads_cache_alone(module) for module in unwrap(model).modules())
+    return any(reads_cache_alone(module) for module in every_module(unwrap(model)))
 
 
 def apply(model: nn.Module, plan: TrainingPlan) -> Callable[[], None]:

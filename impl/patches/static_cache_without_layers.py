@@ -20,11 +20,16 @@ _WORDS = (
 )
 
 
+_answers: dict[type, bool] = {}  # a property of the code
+
+
 def makes_none(config: Any) -> bool:
-    """Whether a static cache of a text configuration is made without layers."""
+    """Whether a static cache of a text configuration that shares nothing is made without layers."""
     from transformers import StaticCache
 
-    return not StaticCache(config=config, max_cache_len=1).layers
+    if type(config) not in _answers:
+        _answers[type(config)] = not StaticCache(config=config, max_cache_len=1).layers
+    return _answers[type(config)]
 
 
 def why_not() -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,7 +26,13 @@ def applies_to(model: nn.Module, plan: TrainingPlan) -> bool:
     modelling = inspect.getmodule(type(unwrap(model)))
     if not bidirectional_images(model) or not hasattr(modelling, _OWN):
         return False
-    return hasattr(modelling, _GENERIC) and _OWN not in inspect.getsource(type(body(model)).forward)
+    return hasattr(modelling, _GENERIC) and not _calls_its_own(type(body(model)).forward)
+
+
+@cache
+def _calls_its_own(forward: Callable[..., Any]) -> bool:
+    """A property of the code, read once."""
+    return _OWN in inspect.getsource(forward)
 
 
 def apply(model: nn.Module, plan: TrainingPlan) -> Callable[[], None]:

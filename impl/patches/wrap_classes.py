@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..model_facts import unwrap
+from ..model_facts import every_module, unwrap
 from ..training_plan import TrainingPlan
 
 REASON = "the default FSDP wrapping raises on a listed class that is absent (audio layers)"
@@ -16,7 +16,7 @@ ISSUE = "https://github.com/axolotl-ai-cloud/axolotl/pull/3584"
 
 def _absent(model: nn.Module) -> set[str]:
     listed = getattr(unwrap(model), "_no_split_modules", None) or ()
-    return set(listed) - {type(module).__name__ for module in model.modules()}
+    return set(listed) - {type(module).__name__ for module in every_module(model)}
 
 
 def applies_to(model: nn.Module, plan: TrainingPlan) -> bool:

@@ -27,7 +27,7 @@ def every_unsplittable_class_is_wrapped(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(
     "b154",
-    case="X07/mixtral/offload-legacy/single",
+    case="X07/gemma4-moe/*offload-legacy/single",
     issue="https://github.com/axolotl-ai-cloud/axolotl/pull/3733",
 )
 def only_true_switches_offloading_on(patch: pytest.MonkeyPatch) -> None:
@@ -43,9 +43,7 @@ def only_true_switches_offloading_on(patch: pytest.MonkeyPatch) -> None:
     around(patch, "impl.prepare:_offload", make)
 
 
-@mutant(
-    "generic-no-checkpointing", case="X07/mixtral/ckpt-nonreentrant/single", issue="bugs.md §13"
-)
+@mutant("generic-no-checkpointing", case="X07/*/*ckpt-nonreentrant*/single", issue="bugs.md §13")
 def checkpointing_is_asked_for_and_not_applied(patch: pytest.MonkeyPatch) -> None:
     """Every layer runs once."""
     around(patch, "impl.prepare:_checkpointing", lambda original: lambda *args: None)
@@ -118,7 +116,7 @@ def unfed_towers_are_not_thought_of(patch: pytest.MonkeyPatch) -> None:
     around(patch, "impl.plan_draft:Draft.decide", make)
 
 
-@mutant("b170", case="N01/gemma4-text/kernels/single", issue="live defect L16")
+@mutant("b170", case="N01/gemma4-text/*kernels/single", issue="live defect L16")
 def the_fused_loss_has_no_softcap(patch: pytest.MonkeyPatch) -> None:
     """With kernels on, the loss is that of uncapped logits."""
     around(
@@ -130,7 +128,7 @@ def the_fused_loss_has_no_softcap(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(
     "b119",
-    case="N01/mixtral/ckpt-nonreentrant/single",
+    case="N01/mixtral/*ckpt-nonreentrant*/single",
     issue="https://github.com/axolotl-ai-cloud/axolotl/pull/2928",
 )
 def checkpointing_cuts_the_gradients(patch: pytest.MonkeyPatch) -> None:
