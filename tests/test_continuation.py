@@ -215,7 +215,7 @@ def test_a_run_needs_no_xdist(tmp_path: Path) -> None:
 
 def test_a_case_whose_worker_crashed_has_a_row() -> None:
     recorder = object.__new__(recording.Recorder)
-    recorder.rows = {}
+    recorder.rows, recorder.curves = {}, []
     node = "conformance/checks/test_masks.py::test_x[M04/gemma4-moe/-/single@gemma4-moe]"
     for name in (node, "tests/test_a.py::test_b[a/b/c/d]"):
         crash = pytest.TestReport(
