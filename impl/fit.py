@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,17 @@ from .multimodal_collate import collate_conversations
 from .prepare import prepare
 from .prepared import state_of
 from .training_plan import TrainingPlan
+
+
+def no_resume_on_cpu_ranks() -> str | None:
+    """Why Trainer cannot resume on several CPU ranks, or None where it can: it reads the optimizer
+    to the rank's own device, there `cpu:0`, which `torch.load` does not know."""
+    source = inspect.getsource(Trainer._load_optimizer_and_scheduler)
+    if "map_location = self.args.device if" in source:
+        return (
+            "this transformers' Trainer cannot resume on CPU ranks: it loads the optimizer to cpu:0"
+        )
+    return None
 
 
 class TokenWeightedTrainer(Trainer):

@@ -55,6 +55,13 @@ STATIC_CACHE = Exclusion(
     probe=cache(lambda: _part("patches.static_cache_without_layers").why_not()),
 )
 
+CPU_RANKS = Exclusion(
+    "up to transformers 5.17 (not in 5.23) Trainer reads the optimizer to `cpu:0` on CPU ranks",
+    strategies=frozenset({"ddp"}),
+    checks=frozenset({"F23", "F24"}),
+    probe=cache(lambda: _part("fit").no_resume_on_cpu_ranks()),
+)
+
 
 class Reference:
     """`impl/` through the contract."""
@@ -71,7 +78,7 @@ class Reference:
         Capability("fit", excludes=SHARED_KEYS),
         Capability("save", excludes=SHARED_KEYS),
         Capability("load", excludes=SHARED_KEYS),
-        Capability("resume", excludes=SHARED_KEYS),
+        Capability("resume", excludes=(*SHARED_KEYS, CPU_RANKS)),
         Capability("merge", excludes=SHARED_KEYS),
         Capability("experts"),
         Capability("linear_cross_entropy"),
