@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from conformance import checkpoint, rank_steps, ranks, reading, spread
-from conformance.numerics import assert_close_gradients, relative_error, worst
+from conformance.numerics import assert_close_gradients, assert_equal, relative_error, worst
 from conformance.spread import Job, Spread
 from conformance.strategies import STRATEGIES
 from conformance.subject import Subject
@@ -214,6 +214,20 @@ def assert_step(subject: Subject, seen: Evidence, measured: Measured) -> None:
         return
     exact = row_of(subject, "parameters")
     assert_parameters(subject, first.parameters, single.parameters, exact, measured)
+
+
+def assert_saved(
+    subject: Subject, got: Mapping[str, Tensor], want: Mapping[str, Tensor], measured: Measured
+) -> None:
+    """The adapter on disk is bitwise the one that one process writes."""
+    where = subject.case.id
+    assert len(want) > 2 and any(bool(t.any()) for t in want.values()), f"{where}: no adapter"
+    assert set(got) == set(want), f"{where}: keys {sorted(set(got) ^ set(want))[:3]}"
+    for name, tensor in want.items():
+        shape = tuple(got[name].shape)
+        assert shape == tuple(tensor.shape), f"{where}: {name} was saved as {shape}"
+        assert_equal(where, name, got[name], tensor, {})
+    measured["tensors"] = len(want)
 
 
 def same_on_all(values: Sequence[Any]) -> bool:

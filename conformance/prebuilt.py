@@ -6,7 +6,6 @@ what an adapter shards while loading, and what a check wants loaded on the rank,
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import nn
 from conformance.case import Model
 from conformance.checkpoint import build_config, write
 from conformance.implementation import Loaded
+from conformance.module_copy import copied
 from conformance.settings import Setting
 from conformance.subject import Subject
 
@@ -45,7 +45,7 @@ def load_for_ranks(loaded: Loaded, model: Model) -> None:
             built = loaded.impl.build(path, plan)
             _kept[loaded.spec, model.name, key] = built
             if dtype == DTYPES[0] and "prepare" in loaded.capabilities:
-                loaded.impl.undo(loaded.impl.prepare(copy.deepcopy(built), plan))
+                loaded.impl.undo(loaded.impl.prepare(copied(built), plan))
 
 
 def take(subject: Subject, plan: Any) -> nn.Module | None:
