@@ -1,7 +1,7 @@
 """Linear cross-entropy, forward and backward: time, workspace and error of every provider.
 
     python -m conformance.benchmarks.bench_cross_entropy --out records.json [--seconds 300]
-           [--part main|sizes|all]
+           [--part main|sizes|all] [--provider P ..] [--shape S ..] [--tokens N ..] [--mode M ..]
 
 Rules (kernels.md section 11): one cell a process; providers interleaved over the rounds; L2 flushed
 before each timed call; device events; 3 warm-ups, 10 timed calls, median and quintiles; workspace =
@@ -31,6 +31,7 @@ from conformance.paths import reference_package
 SHAPES = {"gemma4": (2816, 262144, 30.0), "qwen3.5": (2048, 248320, None)}
 KERNEL = "linear_cross_entropy"
 SIZES = (16384, 4096, 32768)
+MODES = ("frozen", "trainable", "frozen+ignored0.50", "trainable+ignored0.50")
 CHECKED = 8192  # tokens at which the weight's gradient is compared with float64: it takes seconds
 STD = 0.02  # of the weights: logits of standard deviation about 1
 
@@ -345,8 +346,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=1800.0, help="start no cell after this")
     parser.add_argument("--part", choices=("main", "sizes", "all"), default="all")
-    arguments = parser.parse_args()
-    run_cells(plan(arguments.part), measure, with_floors, arguments.out, arguments.seconds, KERNEL)
+    parser.add_argument("--provider", nargs="*", default=[*PROVIDERS, "products"])
+    parser.add_argument("--shape", nargs="*", default=list(SHAPES))
+    parser.add_argument("--tokens", nargs="*", type=int, default=[8192, *SIZES])
+    parser.add_argument("--mode", nargs="*", default=list(MODES), help=f"of {', '.join(MODES)}")
+    asked = parser.parse_args()
+    cells = [
+        cell
+        for cell in plan(asked.part)
+        if cell.provider == "device"
+        or all(
+            getattr(cell, name) in getattr(asked, name)
+            for name in ("provider", "shape", "tokens", "mode")
+        )
+    ]
+    run_cells(cells, measure, with_floors, asked.out, asked.seconds, KERNEL)
 
 
 if __name__ == "__main__":
