@@ -13,6 +13,7 @@ import pkgutil
 import re
 from importlib import import_module
 
+from conformance.rank_devices import ask_again
 from conformance.rank_process import quiet_progress_bars
 
 
@@ -50,6 +51,7 @@ for _package in ("impl.patches", "conformance.impl.patches"):
 quiet_progress_bars()
 for _model in filter(None, os.environ.get("CONFORMANCE_EXPECTED_MODELS", "").split(",")):
     warm_model(_model)
+ask_again()
 gc.collect()
 gc.freeze()  # a collection in a rank would touch, and so copy, every page of the imports
 atexit.register(gc.unfreeze)  # extension modules that count expect it at the end

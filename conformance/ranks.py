@@ -23,6 +23,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from conformance import rank_devices
 from conformance.rank_process import (
     Outcome,
     RankContext,
@@ -202,7 +203,8 @@ def warm() -> None:
         return
     from multiprocessing import forkserver
 
-    _context.set_forkserver_preload([*_modules, "conformance.rank_warmth"])
+    modules = ["conformance.rank_devices", *_modules, "conformance.rank_warmth"]
+    _context.set_forkserver_preload(modules)
     # Threads do not survive a fork, and the CUDA runtime must not be touched before one.
     with _environment(
         OMP_NUM_THREADS="1",
@@ -211,6 +213,7 @@ def warm() -> None:
         PYTORCH_NVML_BASED_CUDA_CHECK="1",
         TOKENIZERS_PARALLELISM="false",
         HF_HUB_OFFLINE="1",
+        **{rank_devices.VARIABLE: rank_devices.capabilities()},
         CONFORMANCE_EXPECTED_MODELS=",".join(_models),
         CONFORMANCE_EXPECTED_IMPLEMENTATION=_implementation,
         PYTHONPATH=os.pathsep.join(path for path in sys.path if path),

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from conformance import reading
+from conformance import rank_devices, reading
 from conformance.case import Case, Check
 from conformance.families import MODELS
 from conformance.matrix import cases
@@ -77,3 +78,24 @@ def test_ranks_are_forked_with_the_model() -> None:
     assert ended.returncode == 0, ended.stderr[-2000:]
     for rank in json.loads(ended.stdout.splitlines()[-1]):
         assert rank == {"equal": True, "again": False, "sharded": False, "server threads": 1}
+
+
+def test_imports_are_told_what_the_gpus_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the parent found answers an import's question, by every way to name a device; then
+    torch's own function is back."""
+    own = torch.cuda.get_device_capability
+    monkeypatch.setenv(rank_devices.VARIABLE, "9.0,8.6")
+    rank_devices.answer()
+    try:
+        ask = torch.cuda.get_device_capability
+        assert [ask(d) for d in (None, 1, "cuda:1", torch.device("cuda", 0))] == [
+            (9, 0),
+            (8, 6),
+            (8, 6),
+            (9, 0),
+        ]
+        assert ask(torch.cuda.device(1)) == (8, 6)
+        assert not torch.cuda.is_initialized()
+    finally:
+        rank_devices.ask_again()
+    assert torch.cuda.get_device_capability is own

@@ -30,6 +30,7 @@ from conformance.paths import reference_package
 # Hidden size, vocabulary, softcap.
 SHAPES = {"gemma4": (2816, 262144, 30.0), "qwen3.5": (2048, 248320, None)}
 KERNEL = "linear_cross_entropy"
+REST = ("torch.linear_cross_entropy", "cce-exact")
 SIZES = (16384, 4096, 32768)
 MODES = ("frozen", "trainable", "frozen+ignored0.50", "trainable+ignored0.50")
 CHECKED = 8192  # tokens at which the weight's gradient is compared with float64: it takes seconds
@@ -112,6 +113,19 @@ def _cut(**options: Any) -> Loss:
     return loss
 
 
+def _torchs() -> Loss:
+    options = torch.nn.LinearCrossEntropyOptions()
+
+    def loss(x: Inputs) -> torch.Tensor:
+        if x.softcap is not None:
+            raise ValueError("torch's own has no softcap")
+        return torch.nn.functional.linear_cross_entropy(
+            x.hidden, x.weight, x.labels, options=options
+        )
+
+    return loss
+
+
 PROVIDERS: dict[str, Callable[[], Loss]] = {
     "reference": _reference,
     "reference-lean": lambda: _reference(mode="lean"),
@@ -120,6 +134,7 @@ PROVIDERS: dict[str, Callable[[], Loss]] = {
     "torch.compile": lambda: torch.compile(_eager),
     "liger": _liger,
     "cce": _cut,
+    "torch.linear_cross_entropy": _torchs,
     "cce-exact": lambda: _cut(filter_eps=None),
 }
 # Providers whose weight gradient is accumulated in fp32: that accumulator is what comes back.
@@ -305,7 +320,7 @@ def plan(part: str) -> list[Cell]:
         each("reference", True, ignored=0.5)
     if part in ("main", "all"):
         for trainable in (False, True):
-            for provider in ("cce", "liger", "full-logits", "cce-exact"):
+            for provider in ("cce", "liger", "full-logits", *REST):
                 each(provider, trainable)
     if part in ("sizes", "all"):
         sizes = ((i, t, n) for i in (0.0, 0.5) for t in (False, True) for n in SIZES)

@@ -2,8 +2,9 @@
 
     pytest -m kernels --device cuda --impl conformance.implementations.losses:LIGER
 
-`FULL_LOGITS` and `COMPILED` (`torch.compile`) need nothing but torch; `LIGER` wants liger-kernel,
-`CUT` and `CUT_EXACT` (without the gradient filter) want cut-cross-entropy, each with a GPU.
+`FULL_LOGITS` and `COMPILED` (`torch.compile`) need nothing but torch, `TORCH` its 2.13; `LIGER`
+wants liger-kernel, `CUT` and `CUT_EXACT` (without the gradient filter) cut-cross-entropy, each with
+a GPU.
 """
 
 from __future__ import annotations
@@ -97,20 +98,15 @@ def _compiled(*args: Any, **options: Any) -> Any:
     return torch.compile(_full)(*args, **options)
 
 
-def _no_scale(logit_scale: float) -> None:
-    if logit_scale != 1.0:
-        raise Declined(f"logit_scale {logit_scale}: the function has no argument for it")
-
-
 def _liger(
     hidden: Any, weight: Any, labels: Any, *, bias: Any, softcap: Any, logit_scale: float,
     reduction: str,
 ) -> Any:  # fmt: skip
-    """Liger's fused linear cross-entropy."""
-    _no_scale(logit_scale)
+    """Liger's fused linear cross-entropy; it has no scale of the logits: the rows take it."""
+    _decline_float64(hidden, "computes in float32 whatever it is given")
     module = import_module(f"{LIGER_PACKAGE}.transformers.fused_linear_cross_entropy")
     layer = module.LigerFusedLinearCrossEntropyLoss(softcap=softcap, reduction=reduction)
-    return layer(weight, hidden, labels, bias)
+    return layer(weight, hidden * logit_scale, labels, bias)
 
 
 def _cut(
@@ -118,12 +114,16 @@ def _cut(
     reduction: str, **how: Any,
 ) -> Any:  # fmt: skip
     """Apple's cut cross-entropy, by default with its gradient filter."""
-    _no_scale(logit_scale)
+    import torch
+
+    if hidden.dtype not in (torch.bfloat16, torch.float16):
+        raise Declined(f"{hidden.dtype}: its backward wants bfloat16 or float16")
     if bias is not None:
         raise Declined("bias: the function has no argument for it")
     module = import_module(CUT_PACKAGE)
+    rows = hidden * logit_scale
     return module.linear_cross_entropy(
-        hidden, weight, labels, softcap=softcap, reduction=reduction, **how
+        rows, weight, labels, softcap=softcap, reduction=reduction, **how
     )
 
 
@@ -132,14 +132,90 @@ def _cut_exact(*args: Any, **options: Any) -> Any:
     return _cut(*args, filter_eps=None, **options)
 
 
+def _torch(
+    hidden: Any, weight: Any, labels: Any, *, bias: Any, softcap: Any, logit_scale: float,
+    reduction: str,
+) -> Any:  # fmt: skip
+    """torch's own, in chunks (since 2.13)."""
+    import torch
+
+    if softcap is not None:
+        raise Declined("softcap: the function has no argument for it")
+    return torch.nn.functional.linear_cross_entropy(
+        hidden * logit_scale,
+        weight,
+        labels,
+        linear_bias=bias,
+        reduction=reduction,
+        options=torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True),
+    )
+
+
+def _decline_float64(hidden: Any, why: str) -> None:
+    import torch
+
+    if hidden.dtype == torch.float64:
+        raise Declined(f"float64: the kernel {why}")
+
+
+def _has_torchs() -> str | None:
+    """A probe: this torch has the function."""
+    import torch
+
+    found = hasattr(torch.nn.functional, "linear_cross_entropy")
+    return None if found else f"torch {torch.__version__} has no linear_cross_entropy"
+
+
 ONE_BACKWARD = Expectation(
     "K16/*",
     "a compiled backward gives its buffers away and cannot run twice over one graph",
     "https://github.com/pytorch/pytorch/pull/130580",
     raises=(RuntimeError,),
 )
+ROUNDED_SUMS = Expectation(
+    "K01/-/bf16/-",
+    "the weight's gradient is rounded to bfloat16 after every chunk of tokens",
+    "https://github.com/linkedin/Liger-Kernel/pull/1391",
+)
+HALF_ONLY = Expectation(
+    "K*/-/-/-",
+    "its backward takes bfloat16 and float16 alone",
+    "https://github.com/apple/ml-cross-entropy/blob/main/cut_cross_entropy/cce_backward.py",
+    raises=(Declined,),
+)
+FILTERED = Expectation(
+    "K08/-/bf16/-",
+    "the gradient filter drops what a flat softmax adds up to along a common direction",
+    "https://github.com/apple/ml-cross-entropy/issues/14",
+)
+REDUCED_IN_HALF = Expectation(
+    "K08/-/bf16/-",
+    "without the filter too, gradients are added up in bfloat16",
+    "https://github.com/apple/ml-cross-entropy/pull/18",
+)
+TORCH_CHUNKS = "https://github.com/pytorch/pytorch/pull/181574"
+OF_TORCH = (
+    Expectation(
+        "K01/-/-/-",
+        "it has no softcap",
+        "https://github.com/pytorch/pytorch/issues/124480",
+        raises=(Declined,),
+    ),
+    Expectation("K08/-/bf16/-", "the loss comes back in bfloat16", TORCH_CHUNKS),
+    *(
+        Expectation(
+            f"K08/-/{setting}/-",
+            "chunk by chunk, rounding along a common direction is twice that of full logits",
+            TORCH_CHUNKS,
+        )
+        for setting in ("-", "fp64")
+    ),
+)
 FULL_LOGITS = OtherLoss("full-logits", _full)
 COMPILED = OtherLoss("torch.compile", _compiled, expectations=(ONE_BACKWARD,))
-LIGER = OtherLoss("liger", _liger, _needs(LIGER_PACKAGE))
-CUT = OtherLoss("cut-cross-entropy", _cut, _needs(CUT_PACKAGE))
-CUT_EXACT = OtherLoss("cut-cross-entropy-exact", _cut_exact, _needs(CUT_PACKAGE))
+LIGER = OtherLoss("liger", _liger, _needs(LIGER_PACKAGE), (ROUNDED_SUMS,))
+CUT = OtherLoss("cut-cross-entropy", _cut, _needs(CUT_PACKAGE), (HALF_ONLY, FILTERED))
+CUT_EXACT = OtherLoss(
+    "cut-cross-entropy-exact", _cut_exact, _needs(CUT_PACKAGE), (HALF_ONLY, REDUCED_IN_HALF)
+)
+TORCH = OtherLoss("torch.linear_cross_entropy", _torch, _has_torchs, OF_TORCH)

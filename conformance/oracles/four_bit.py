@@ -1,4 +1,5 @@
-"""The oracle of 4-bit weights: quantise to NF4 and expand, in plain torch, no library's code.
+"""The oracle of 4-bit weights: quantise to NF4 and expand, in plain torch on the CPU, no library's
+code.
 
 Blocks of 64 values of the flat weight, each scaled by its largest magnitude; each value becomes the
 nearest of sixteen levels (the quantiles published with QLoRA, Dettmers et al. 2023, appendix E).
@@ -35,7 +36,7 @@ LEVELS = (
 def rounded(weight: Tensor) -> Tensor:
     """The weight after packing and expanding, in its shape and dtype."""
     levels = torch.tensor(LEVELS, dtype=torch.float64)
-    values = weight.detach().double().flatten()
+    values = weight.detach().cpu().double().flatten()
     found = torch.empty_like(values)
     for start in range(0, len(values), BLOCK):
         block = values[start : start + BLOCK]
@@ -56,10 +57,10 @@ def packed_bytes(numel: int) -> float:
 def unpacked(packed: Tensor, scale: Tensor) -> Tensor:
     """Flat float32 values of packed bytes, two a byte, the first in the high half; `scale`: one for
     each block."""
-    data = packed.detach().flatten().long()
+    data = packed.detach().cpu().flatten().long()
     codes = torch.stack([data >> 4, data & 15], 1).flatten()
     values = torch.tensor(LEVELS)[codes]
-    return values * scale.float().flatten().repeat_interleave(BLOCK)[: len(values)]
+    return values * scale.detach().cpu().float().flatten().repeat_interleave(BLOCK)[: len(values)]
 
 
 def scales(state: Any) -> Tensor:
