@@ -177,6 +177,11 @@ ROUNDED_SUMS = Expectation(
     "the weight's gradient is rounded to bfloat16 after every chunk of tokens",
     "https://github.com/linkedin/Liger-Kernel/pull/1391",
 )
+SCALED_IN_PLACE = Expectation(
+    "K16/*",
+    "the backward scales the saved gradient where it lies, so that a second one scales it again",
+    "https://github.com/linkedin/Liger-Kernel/issues/343",
+)
 HALF_ONLY = Expectation(
     "K*/-/-/-",
     "its backward takes bfloat16 and float16 alone",
@@ -213,7 +218,7 @@ OF_TORCH = (
 )
 FULL_LOGITS = OtherLoss("full-logits", _full)
 COMPILED = OtherLoss("torch.compile", _compiled, expectations=(ONE_BACKWARD,))
-LIGER = OtherLoss("liger", _liger, _needs(LIGER_PACKAGE), (ROUNDED_SUMS,))
+LIGER = OtherLoss("liger", _liger, _needs(LIGER_PACKAGE), (ROUNDED_SUMS, SCALED_IN_PLACE))
 CUT = OtherLoss("cut-cross-entropy", _cut, _needs(CUT_PACKAGE), (HALF_ONLY, FILTERED))
 CUT_EXACT = OtherLoss(
     "cut-cross-entropy-exact", _cut_exact, _needs(CUT_PACKAGE), (HALF_ONLY, REDUCED_IN_HALF)

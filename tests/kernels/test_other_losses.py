@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from conformance.implementation import load
 from conformance.implementations import losses
 from conformance.implementations.losses import Declined, OtherLoss
 
-NAMES = ("FULL_LOGITS", "COMPILED", "LIGER", "CUT", "CUT_EXACT")
+NAMES = ("FULL_LOGITS", "COMPILED", "LIGER", "CUT", "CUT_EXACT", "TORCH")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -19,15 +21,23 @@ def test_each_is_an_adapter(name: str) -> None:
     assert set(loaded.capabilities) == {"linear_cross_entropy"}
 
 
-@pytest.mark.parametrize("name", ("LIGER", "CUT"))
-def test_what_has_no_argument_is_declined(name: str) -> None:
-    """A scale that the function would ignore is refused before it is called."""
+@pytest.mark.parametrize(
+    ("name", "dtype", "option", "said"),
+    (
+        ("LIGER", torch.float64, {}, "float64"),
+        ("CUT", torch.float32, {}, "bfloat16"),
+        ("CUT", torch.bfloat16, {"bias": torch.zeros(3)}, "bias"),
+        ("TORCH", torch.float32, {"softcap": 30.0}, "softcap"),
+    ),
+)
+def test_what_it_would_ignore_is_declined(
+    name: str, dtype: torch.dtype, option: dict[str, Any], said: str
+) -> None:
+    """What the function cannot do is refused before it is called."""
     other: OtherLoss = getattr(losses, name)
-    rows = torch.zeros(2, 4)
-    with pytest.raises(Declined, match="logit_scale"):
-        other.linear_cross_entropy(
-            rows, torch.zeros(3, 4), torch.zeros(2, dtype=torch.long), logit_scale=0.5
-        )
+    rows, weight = torch.zeros(2, 4, dtype=dtype), torch.zeros(3, 4, dtype=dtype)
+    with pytest.raises(Declined, match=said):
+        other.linear_cross_entropy(rows, weight, torch.zeros(2, dtype=torch.long), **option)
 
 
 def test_the_divisor_counts_labels() -> None:
