@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor
 
-from .experts_plan import Plan
+from . import experts_products_cuda as products
+from .experts_cuda_runtime import Constants
+from .experts_plan import Native, Plan, plan_for, with_native
 from .experts_problem import ExpertLora, Needs, Problem
 from .experts_triton import backward, forward
 from .launch import CompileSpec, compile_ahead, recording, spec_of
 
+# Tokens, experts, width, inner width, slots of a token, activation.
+SHAPES: dict[str, tuple[int, int, int, int, int, str]] = {
+    "gemma4": (8192, 128, 2816, 704, 8, "gelu_tanh"),
+    "qwen3_5": (8192, 256, 2048, 512, 8, "silu"),
+    "mixtral": (4096, 8, 4096, 14336, 2, "silu"),
+}
 _compiled: set[tuple[object, ...]] = set()
 
 
@@ -32,7 +42,14 @@ def compile_once(problem: Problem, plan: Plan) -> None:
         out, saved = forward(twin, plan)
         if any(needs):
             backward(twin, saved, torch.empty_like(out), Needs(*needs), plan)
-    compile_ahead(records, p.hidden.device)
+    with ThreadPoolExecutor(4) as pool:
+        native = [
+            pool.submit(products.compile_one, p.hidden.device, constants)
+            for constants in products.recorded()
+        ]
+        compile_ahead(records, p.hidden.device)
+        for one in native:
+            one.result()
 
 
 def _factors(lora: ExpertLora) -> tuple[Tensor | None, ...]:
@@ -41,13 +58,8 @@ def _factors(lora: ExpertLora) -> tuple[Tensor | None, ...]:
 
 def specs() -> list[CompileSpec]:
     """Every kernel of a forward and backward at the published shapes, for the check in CI."""
-    shapes = {
-        "gemma4": (8192, 128, 2816, 704, 8, "gelu_tanh"),
-        "qwen3_5": (8192, 256, 2048, 512, 8, "silu"),
-        "mixtral": (4096, 8, 4096, 14336, 2, "silu"),
-    }
     found: dict[str, CompileSpec] = {}
-    for label, (tokens, experts, width, inner, top_k, act) in shapes.items():
+    for label, (tokens, experts, width, inner, top_k, act) in SHAPES.items():
         for spec in specs_of(label, meta_problem(tokens, experts, width, inner, top_k, act)):
             found.setdefault(repr(spec.key), spec)
     return list(found.values())
@@ -86,6 +98,22 @@ def meta_problem(
         act,
         torch.bfloat16,
     )
+
+
+def native_constants() -> list[Constants]:
+    """What the products in CUDA are compiled for at the published shapes, alone and in clusters."""
+    found: dict[Constants, None] = {}
+    for tokens, experts, width, inner, top_k, act in SHAPES.values():
+        problem = meta_problem(tokens, experts, width, inner, top_k, act)
+        for cluster in (1, 2):
+            native = Native(cluster=cluster, stages=4, group=8)
+            plan = with_native(plan_for(problem, interpreted=False), native)
+            with recording():
+                out, saved = forward(problem, plan)
+                everything = Needs(True, True, False, False, True, True, True, True)
+                backward(problem, saved, torch.empty_like(out), everything, plan)
+            found |= dict.fromkeys(products.recorded())
+    return list(found)
 
 
 def specs_of(label: str, problem: Problem) -> list[CompileSpec]:

@@ -5,10 +5,11 @@ The figures behind the choices are in NOTES.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from .experts_cuda_source import UNITS
 from .experts_problem import Problem
 
 
@@ -20,6 +21,20 @@ class Tiles:
     bk: int
     warps: int
     stages: int
+
+
+@dataclass(frozen=True)
+class Native:
+    """The products in CUDA (`experts_cuda_source`) instead of Triton."""
+
+    cluster: int  # blocks that share a tile's weights
+    stages: int
+    group: int  # row tiles of an expert that share their column blocks in time
+
+    @property
+    def rows(self) -> int:
+        """Most rows of a tile."""
+        return 64 * UNITS * self.cluster
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,7 @@ class Plan:
     output_stages: int
     input_blocks: int  # column blocks of dX that pass through a buffer of its own; 0: half of them
     keep_factors: bool  # save lora_B by expert for the backward rather than swap it again
+    native: Native | None = None  # then `rows` is its tile and half_rows, group do not matter
 
 
 _HOPPER = Plan(
@@ -88,6 +104,7 @@ _HOPPER = Plan(
     input_blocks=0,
     keep_factors=True,
 )
+_NATIVE = Native(cluster=1, stages=4, group=8)
 _PORTABLE_TILES = Tiles(128, 32, 8, 3)
 _WIDE_TILES = Tiles(64, 32, 4, 2)  # float32 operands
 _INTERPRETER_TILES = Tiles(64, 64, 4, 2)
@@ -105,7 +122,21 @@ def plan_for(problem: Problem, *, interpreted: bool) -> Plan:
         return _small(_WIDE_TILES, rows=64, columns=32)
     if not hopper or problem.width % 8 or problem.inner % 8:
         return _small(_PORTABLE_TILES, rows=128, columns=64)
-    return _hopper(problem)
+    plan = _hopper(problem)
+    if device.type == "cuda" and _native_fits(problem):
+        plan = with_native(plan, _NATIVE)
+    return plan
+
+
+def with_native(plan: Plan, native: Native) -> Plan:
+    """The plan with its products in CUDA."""
+    return replace(plan, rows=native.rows, native=native)
+
+
+def _native_fits(problem: Problem) -> bool:
+    from . import experts_cuda_runtime, experts_products_cuda
+
+    return experts_products_cuda.fits(problem) and experts_cuda_runtime.available()
 
 
 def _hopper(problem: Problem) -> Plan:

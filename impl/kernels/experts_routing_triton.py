@@ -36,6 +36,7 @@ class Routing:
     chunk_expert: Tensor  # (chunks,)
     chunk_row: Tensor  # (chunks,)
     chunk_first: Tensor  # (E + 1,) first chunk of each expert
+    counter: Tensor  # (2,) zeros; the products in CUDA hand out tiles by it and leave it at zero
 
     def tensors(self) -> list[Tensor]:
         """The fields in order, to be saved for backward; ``Routing(*tensors)`` is the inverse."""
@@ -65,6 +66,7 @@ def route(index: Tensor, weights: Tensor, experts: int, tile: int, chunk: int) -
         empty(chunks),
         empty(chunks),
         empty(experts + 1),
+        empty(2),
     )
     flat = index.reshape(-1)
     sizes = {"SLOTS": slots, "EXPERTS": experts, "BINS": bins, "BLOCK": _BLOCK}
@@ -76,6 +78,7 @@ def route(index: Tensor, weights: Tensor, experts: int, tile: int, chunk: int) -
         offsets=result.offsets,
         tile_first=tile_first,
         chunk_first=result.chunk_first,
+        counter=result.counter,
         blocks=blocks,
         EXPERTS=experts,
         BINS=bins,
@@ -145,6 +148,7 @@ def scan_kernel(
     offsets,
     tile_first,
     chunk_first,
+    counter,
     blocks,
     chunk_rows,
     EXPERTS: tl.constexpr,
@@ -169,6 +173,7 @@ def scan_kernel(
     total = tl.where(real, carry, 0)
     tiles = (total + TILE - 1) // TILE
     chunks = tl.where(real, tl.maximum((total + chunk_rows - 1) // chunk_rows, 1), 0)
+    tl.store(counter + tl.arange(0, 2), tl.zeros([2], tl.int32))
     tl.store(offsets + EXPERTS, tl.sum(total, 0))
     tl.store(tile_first + EXPERTS, tl.sum(tiles, 0))
     tl.store(chunk_first + EXPERTS, tl.sum(chunks, 0))

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from . import experts_products_cuda as products
 from . import experts_small_triton as small
 from .experts_plan import Plan, Tiles, plan_for
 from .experts_problem import Gradients, Needs, Problem
@@ -133,6 +134,9 @@ class Run:
         """GU (S, 2I) and h (S, I)."""
         p, plan, tiles = self.p, self.plan, self.plan.up
         gate_up, h = self.empty(p.slots, 2 * p.inner), self.empty(p.slots, p.inner)
+        if plan.native is not None:
+            products.up(self, xa, b_up, gate_up, h)
+            return gate_up, h
         rest = p.inner % tiles.bn
         half = 0 < rest <= tiles.bn // 2 and tiles.bn >= 32
         weight = self.gate_up.view(2 * p.experts, p.inner, p.width)
@@ -184,6 +188,13 @@ class Run:
     ) -> None:
         """out = A W + left right for ``blocks`` column blocks; ``transposed``: w is (E, K, N)."""
         plan = self.plan
+        if plan.native is not None:
+            products.product(
+                self, a, w, out, gather=gather, transposed=transposed, left=left, right=right,
+                padded=_padded(rank), weighted=weights is not None,
+                first_block=first_block, blocks=blocks,
+            )  # fmt: skip
+            return
         inner, columns = a.shape[1], w.shape[2] if transposed else w.shape[1]
         blocks = cdiv(columns, tiles.bn) if blocks is None else blocks
         box = [1, tiles.bk, tiles.bn] if transposed else [1, tiles.bn, tiles.bk]
