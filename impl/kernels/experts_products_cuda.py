@@ -29,7 +29,7 @@ _RECORDED: list[runtime.Constants] = []
 
 
 def fits(problem: Problem) -> bool:
-    """Whether the kernels take this problem: what was run on a GPU, bits compared with Triton's."""
+    """Whether the kernels take this problem: about what was measured on a GPU (NOTES.md)."""
     p = problem
     return (
         p.dtype == torch.bfloat16
