@@ -1,8 +1,9 @@
-"""Compile every Triton kernel for Hopper without a GPU; fail on spills or serialized wgmma.
+"""Compile every kernel for Hopper without a GPU; fail on spills or serialized wgmma.
 
 Usage: ``python ci/compile_kernels.py [WORD ...]`` compiles what has a WORD in its name. A kernels
 module takes part by having ``compile_specs()``, whose entries are `launch.CompileSpec`s or tuples
-``(kernel, signature, constants, options)``. A spill is memory traffic in a loop as a rule, and
+``(kernel, signature, constants, options)``. The products in CUDA C++ take part where NVRTC is
+installed (the package nvidia-cuda-nvrtc; no GPU is needed). A spill is memory traffic in a loop as a rule, and
 ptxas's C7515 means that products wait for each other: both are invisible in results and cost up
 to half the speed (`kernels.md` §7.3).
 """
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,38 @@ def compile_one(
     )
 
 
+def native() -> Iterator[tuple[str, dict[str, int]]]:
+    """The products in CUDA that plans launch, as (name, constants), where they can be compiled."""
+    from impl.kernels import experts_compile_triton, experts_cuda_runtime
+
+    try:
+        experts_cuda_runtime.compiler()
+    except OSError as error:
+        print(f"the products in CUDA were not compiled: {error}", flush=True)
+        return
+    for found in experts_compile_triton.native_constants():
+        c = dict(found)
+        if c["CL"] == 1:  # no plan has clusters
+            kind = {0: "plain", 1: "weighted", 2: "silu", 3: "gelu_tanh"}[c["EPI"]]
+            yield f"experts_cuda:{kind} {c['KDIM']}x{c['NDIM']}{' transposed' * c['KN']}", c
+
+
+def compile_native(name: str, constants: dict[str, int]) -> Result:
+    """Compile one set of constants with NVRTC; never raises."""
+    from impl.kernels.experts_cuda_runtime import compile_source
+    from impl.kernels.experts_cuda_source import source
+
+    start = time.time()
+    try:
+        _, log = compile_source(source(constants), ("--ptxas-options=-v",))
+    except Exception as error:  # as above
+        return Result(name, time.time() - start, 0, 0, 0, False, str(error).strip()[-200:])
+    registers, spilled = (
+        _number(pattern, log) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores")
+    )
+    return Result(name, time.time() - start, registers, spilled, 0, "C75" in log)
+
+
 def assemble(ptx: str) -> str:
     """The verbose log of the first bundled ptxas that knows this PTX version."""
     import triton
@@ -136,10 +170,12 @@ def _number(pattern: str, text: str) -> int:
 def main(words: list[str]) -> int:
     """Compile, print the table, return the number of failures as far as an exit status can."""
     start, failures, count = time.time(), 0, 0
-    for spec in specs():
-        if words and not any(word in spec[0] for word in words):
+    work = [(spec[0], partial(compile_one, *spec)) for spec in specs()]
+    work += [(name, partial(compile_native, name, constants)) for name, constants in native()]
+    for name, compile_it in work:
+        if words and not any(word in name for word in words):
             continue
-        result = compile_one(*spec)
+        result = compile_it()
         failures, count = failures + result.failed, count + 1
         print(result.line(), flush=True)
     print(f"{count} kernels, {failures} failed, {time.time() - start:.0f} s")

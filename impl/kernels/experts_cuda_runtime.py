@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,13 @@ def driver() -> Any:
 
 @cache
 def compiler() -> Any:
-    """NVRTC of torch's CUDA version, or any beside torch; OSError where there is none."""
+    """NVRTC of torch's CUDA version, or any that is installed; OSError where there is none."""
     major = (torch.version.cuda or "").split(".")[0]
-    beside = Path(torch.__file__).parents[1] / "nvidia"
     names = [f"libnvrtc.so.{major}"] if major else []
-    names += [str(path) for path in sorted(beside.glob("*/lib/libnvrtc.so.*"), reverse=True)]
+    packages = find_spec("nvidia")  # a namespace: one folder for each place of installed packages
+    for folder in packages.submodule_search_locations or () if packages else ():
+        found = sorted(Path(folder).glob("*/lib/libnvrtc.so.*"), reverse=True)
+        names += [str(path) for path in found]
     for name in (*names, "libnvrtc.so"):
         try:
             for part in Path(name).parent.glob("libnvrtc-builtins.so.*") if "/" in name else ():
