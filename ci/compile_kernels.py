@@ -2,10 +2,10 @@
 
 Usage: ``python ci/compile_kernels.py [WORD ...]`` compiles what has a WORD in its name. A kernels
 module takes part by having ``compile_specs()``, whose entries are `launch.CompileSpec`s or tuples
-``(kernel, signature, constants, options)``. The products in CUDA C++ take part where NVRTC is
-installed (the package nvidia-cuda-nvrtc; no GPU is needed). A spill is memory traffic in a loop as a rule, and
-ptxas's C7515 means that products wait for each other: both are invisible in results and cost up
-to half the speed (`kernels.md` §7.3).
+``(kernel, signature, constants, options)``; the products in CUDA C++ do where NVRTC is installed
+(the package nvidia-cuda-nvrtc). A spill is memory traffic in a loop as a rule, and ptxas's C7515
+means that products wait for each other: both are invisible in results and cost up to half the
+speed (`kernels.md` §7.3).
 """
 
 from __future__ import annotations
