@@ -149,10 +149,14 @@ def experts_problem(
     rank: int = 3,
     seed: int = 0,
     trained: bool = False,
+    widths: tuple[int, int] = (48, 40),
 ) -> ExpertsProblem:
-    """A small layer with a routing by name: one of ROUTINGS, or `random`. Widths are distinct."""
+    """A small layer with a routing by name: one of ROUTINGS, or `random`.
+
+    widths: hidden and inner, distinct.
+    """
     rng = torch.Generator().manual_seed(seed)
-    hidden, inner = 48, 40
+    hidden, inner = widths
     tokens = 1 if routing == "one token" else tokens
     index = _index(routing, tokens, experts_count, top_k, rng)
 

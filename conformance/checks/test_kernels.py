@@ -149,6 +149,24 @@ def test_experts_of_any_shape(case: Case, subject: Subject, measured: Measured) 
     compare()
 
 
+@check("K17", settings=("-", "bf16"), **EXPERTS)
+def test_experts_of_several_tiles(case: Case, subject: Subject, measured: Measured) -> None:
+    """Widths and experts of several tiles, the last of each ragged, are as exact as eager code.
+
+    kernels.md §7.3: the kernels of published widths are others than those of tiny ones
+    """
+    # on a GPU an expert has more rows than a tile; Triton's interpreter needs seconds a problem
+    tokens, routings = (403, ROUTINGS) if subject.device == "cuda" else (13, ("random",))
+    for routing in routings:
+        problem = experts_problem(
+            routing, case.setting.dtype, subject.device, tokens, widths=(320, 448)
+        )
+        oracle, eager, got = problem.oracle(), problem.eager(), experts_of(subject, problem)
+        assert oracle["output"].any(), f"{case.id}: {routing}: the oracle's output is zero"
+        for name, value in got.items():
+            judge(case, f"{routing} {name}", value, eager[name], oracle[name], measured)
+
+
 @check("K12", settings=DTYPES, **EXPERTS)
 def test_trained_expert_weights_get_their_gradient(
     case: Case, subject: Subject, measured: Measured

@@ -1,4 +1,4 @@
-"""Bugs of the experts kernel and of the linear cross-entropy: K01, K07 to K16."""
+"""Bugs of the experts kernel and of the linear cross-entropy: K01, K07 to K17."""
 
 from __future__ import annotations
 
@@ -128,6 +128,23 @@ def lora_b_is_read_expert_by_expert(patch: pytest.MonkeyPatch) -> None:
         return factor
 
     around(patch, f"{EXPERTS}:_factor_b", make)
+
+
+@mutant("generic-tail", case="K17/-/-/-", issue="kernels.md §7.3 (half-width last tiles)")
+def a_last_tile_is_left_out(patch: pytest.MonkeyPatch) -> None:
+    """Columns beyond the last whole tile of 128 are dropped where there is one."""
+
+    def make(original: Any) -> Any:
+        def linear(x: Any, weight: Any, a: Any, b: Any, scale: float) -> Any:
+            out, *rest = original(x, weight, a, b, scale)
+            whole = out.shape[-1] // 128 * 128
+            if whole:
+                out[..., whole:] = 0
+            return (out, *rest)
+
+        return linear
+
+    around(patch, f"{EXPERTS}:_linear", make)
 
 
 @mutant("L23", case="K12/-/-/-", issue="live defect L23")
