@@ -47,7 +47,7 @@ FIRST_COLOUR, FIRST_COUNT, STOP = 30, 40, 1
 UNSEEN = 64
 # To the last unseen picture: steps, samples a step, and the rate that falls from there to 0.
 WHOLE: dict[str, tuple[int, int, float]] = {
-    "gemma4-moe": (340, 64, 7e-3),
+    "gemma4-moe": (340, 64, 5e-3),
     "gemma4-dense": (700, 32, 5e-3),
     "gemma3-vlm": (700, 32, 5e-3),
     "qwen3_5": (420, 32, 7e-3),
