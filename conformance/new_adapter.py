@@ -39,12 +39,14 @@ class MyStack:
         """The training loop, called as a user would call it; the suite watches from outside."""
         size, parts = options.get("batch_size", 2), options.get("accumulation", 1)
         optimizer = torch.optim.AdamW(model.parameters(), lr=options.get("lr", 1e-3))
-        batches = [samples[i : i + size] for i in range(0, len(samples), size)]
+        batches = [stack(samples[i : i + size]) for i in range(0, len(samples), size)]
+        windows = [batches[i : i + parts] for i in range(0, len(batches), parts)]
         for step in range(options.get("steps", 1)):
+            window = windows[step % len(windows)]
+            tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in window)
             optimizer.zero_grad()
-            for part in range(parts):
-                batch = stack(batches[(step * parts + part) % len(batches)])
-                (model(**batch).loss / parts).backward()
+            for batch in window:
+                model(**batch, num_items_in_batch=tokens).loss.backward()
             optimizer.step()
 
 

@@ -249,4 +249,6 @@ def _missing(name: str, got: Gradients, want: Gradients) -> str:
         return " (the oracle has no gradient for it)"
     if name in want and name not in got:
         return " (it has no gradient)"
+    if name in got and not bool(torch.isfinite(got[name]).all()):
+        return " (its gradient is not finite)"
     return ""

@@ -133,7 +133,8 @@ class Subject:
             if self.claims("build"):
                 model: nn.Module = self.impl.build(path, plan)
             else:
-                model = checkpoint.build_stock(spec, DTYPES[setting.dtype])
+                # as from_pretrained picks; eager gives NaN for a padded query in float64
+                model = checkpoint.build_stock(spec, DTYPES[setting.dtype], "sdpa")
             model = model.to(self.device)
             if setting.tuning == "qlora":  # copies of a parametrized module share its class
                 return model

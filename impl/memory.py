@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +79,8 @@ def meta_prepared(config: Any, plan: TrainingPlan, tensor: int = 1) -> nn.Module
         raise Refused("memory: the installed transformers has no class for this config")
     model: Any = meta_model(config, facts.auto_class).to(getattr(torch, plan.dtype))
     if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("grouped_mm")
+        with suppress(ValueError):  # newer classes all have the method; one without experts refuses
+            model.set_experts_implementation("grouped_mm")
     freeze(model, plan.freeze)
     with torch.device("meta"):
         adapted: nn.Module = attach(model, plan)

@@ -58,7 +58,10 @@ def test_loss_is_cross_entropy(case: Case, subject: Subject, measured: Measured)
     model, batch = subject.model(), subject.batch()
     labels, ids = batch["labels"], batch["input_ids"]
     kept = sum(int((s["labels"][1:] != IGNORE).sum()) for s in subject.samples())
-    assert labelled(batch) == kept > 1, f"{case.id}: {labelled(batch)} labels, samples have {kept}"
+    assert labelled(batch) == kept > 1, (
+        f"{case.id}: {labelled(batch)} labels in the batch, the samples have {kept}: prompts, "
+        "padding and images are not to be learnt"
+    )
     assert torch.equal(labels[labels != IGNORE], ids[labels != IGNORE]), f"{case.id}: moved labels"
     oracle = cross_entropy(subject.eval_logits(model, batch), labels)
     cap = getattr(text_config(model), "final_logit_softcapping", None)
@@ -119,7 +122,7 @@ def test_any_labels(case: Case, subject: Subject, measured: Measured) -> None:
 
 @check(
     "L02",
-    needs=("prepare", "collate", "fit"),
+    needs=("fit",),
     settings=("fp64", "fp64+images"),
     dealt=("fp64+lora",),
     marks=TRAINING,
@@ -155,7 +158,7 @@ def test_accumulation_equals_one_batch(case: Case, subject: Subject, measured: M
     assert_close_gradients(case.id, got, by_name(truth.gradients), row, measured, "against loss()")
 
 
-@check("L03", needs=("prepare", "collate", "fit"), settings=("fp64",), marks=TRAINING)
+@check("L03", needs=("fit",), settings=("fp64",), marks=TRAINING)
 def test_short_last_window(case: Case, subject: Subject, measured: Measured) -> None:
     """The last, shorter accumulation window is weighted by its own tokens.
 
@@ -164,7 +167,8 @@ def test_short_last_window(case: Case, subject: Subject, measured: Measured) -> 
     samples = subject.samples("padded", count=3)
     seen = fitted(subject, samples, steps=2, batch_size=1, accumulation=2)
     measured["backward passes"] = seen.steps[1].backwards
-    assert [s.backwards for s in seen.steps] == [2, 1], f"{case.id}: windows are not 2 and 1"
+    windows = [s.backwards for s in seen.steps]
+    assert windows == [2, 1], f"{case.id}: backward passes by step {windows}, 3 batches are [2, 1]"
     model = subject.model()
     state = by_name(dict(model.named_parameters()))
     with torch.no_grad():

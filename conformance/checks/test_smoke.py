@@ -33,7 +33,7 @@ def test_plan_is_a_plan(case: Case, subject: Subject) -> None:
     assert not isinstance(plan.warnings, str), f"{case.id}: warnings is one string, not a list"
 
 
-@check("H02", needs=("plan", "build"), **SANE)
+@check("H02", needs=("build",), **SANE)
 def test_build_loads_the_checkpoint(case: Case, subject: Subject) -> None:
     """`build` returns a module that holds the checkpoint's weights.
 
@@ -48,7 +48,7 @@ def test_build_loads_the_checkpoint(case: Case, subject: Subject) -> None:
     )
 
 
-@check("H03", needs=("plan", "prepare"), settings=("lora",), **SANE)
+@check("H03", needs=("prepare",), settings=("lora",), **SANE)
 def test_prepare_returns_a_trainable_model(case: Case, subject: Subject) -> None:
     """`prepare` returns a module with trainable and frozen parameters, and `undo` takes it.
 
@@ -62,7 +62,7 @@ def test_prepare_returns_a_trainable_model(case: Case, subject: Subject) -> None
     assert flags == {True, False}, f"{case.id}: with LoRA, requires_grad is {flags} throughout"
 
 
-@check("H04", needs=("plan", "collate"), **SANE)
+@check("H04", needs=("collate",), **SANE)
 def test_collate_returns_tensors(case: Case, subject: Subject) -> None:
     """`collate` returns a mapping of tensors with `input_ids` and `labels`.
 
@@ -100,7 +100,7 @@ def test_fit_steps(case: Case, subject: Subject, tmp_path: Path) -> None:
         subject.impl.fit(
             model,
             subject.samples("text", count=4),
-            subject.plan() if subject.claims("plan") else None,
+            subject.plan(),
             steps=2,
             batch_size=1,
             accumulation=1,
