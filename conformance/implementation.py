@@ -240,7 +240,9 @@ class Loaded:
         if "fit" in case.check.needs and "prepare" not in self.capabilities:
             tuning = case.setting.tuning
             if tuning != "full":
-                return f"{self.name} does not claim 'prepare', which attaches the adapters of {tuning}"
+                return (
+                    f"{self.name} does not claim 'prepare', which attaches the adapters of {tuning}"
+                )
         for need in case.check.needs:
             capability = self.capabilities.get(need)
             if capability is None:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from conformance import asked
+
 if TYPE_CHECKING:
     from conformance.case import Case
     from conformance.implementation import Loaded
@@ -163,7 +165,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     _drop_empty(config, items)
     if RUN in config.stash:
         _refuse_stale(config.stash[RUN])
-    index, count = _shard(config)
+    index, count = asked.shard(config)
     items[:] = items[index - 1 :: count]
 
 
@@ -206,10 +208,13 @@ def _start_forkserver(config: pytest.Config, models: Collection[str]) -> None:
 
 
 def _drop_empty(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Checks of which `--case` leaves nothing: pytest would show each as a skip."""
+    """Checks of which `--case` leaves nothing, which pytest would show as skips, and beside
+    `--case` every test that is no case."""
     from conformance.check import check_of
 
-    empty = [i for i in items if CASE not in i.stash and check_of(getattr(i, "function", None))]
+    narrowed = bool(config.getoption("case"))
+    bare = [item for item in items if CASE not in item.stash]
+    empty = [i for i in bare if narrowed or check_of(getattr(i, "function", None))]
     if empty:
         config.hook.pytest_deselected(items=empty)
         items[:] = [item for item in items if item not in set(empty)]
@@ -231,15 +236,6 @@ def _refuse_stale(run: Run) -> None:
         run.config.workeroutput["conformance_stale"] = message
         return
     raise pytest.UsageError(message)
-
-
-def _shard(config: pytest.Config) -> tuple[int, int]:
-    """(index, count) of `--shard`; UsageError when it is not I/N with 1 ≤ I ≤ N."""
-    text = config.getoption("shard") or "1/1"
-    index, slash, count = text.partition("/")
-    if not (slash and index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
-        raise pytest.UsageError(f"--shard {text}: write I/N, such as 2/8, with 1 <= I <= N")
-    return int(index), int(count)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -413,7 +409,13 @@ def _place(excinfo: pytest.ExceptionInfo[BaseException]) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """What an error says first; more of it where that line only opens a bracket."""
+    text = f"KeyError: {error}" if isinstance(error, KeyError) else str(error)
+    line = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
+    if line.rstrip().endswith(("(", "[", "{", ":")):
+        whole = " ".join(text.split())
+        line = whole if len(whole) <= 400 else f"{whole[:150]} … {whole[-240:]}"
+    return line
 
 
 def repeat_command(case_id: str, config: pytest.Config) -> str:
@@ -430,7 +432,7 @@ def repeat_command(case_id: str, config: pytest.Config) -> str:
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Load an implementation that was named, so that a wrong name costs no collection; record on
     the controller only."""
-    _shard(session.config)
+    asked.refuse_mistakes(session.config)
     if session.config.getoption("impl") != DEFAULT:
         run_of(session.config)
     from conformance import ranks

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from conformance import asked
+
 if TYPE_CHECKING:
     from conformance.plugin import Run
     from conformance.report import Bench, Report
@@ -96,14 +98,25 @@ class Recorder:
             session.exitstatus = pytest.ExitCode.USAGE_ERROR
         path = self.config.getoption("report")
         if path and self.rows:
-            from conformance.report import write
+            from conformance.report import ReportError, write
 
-            write(self.report(int(session.exitstatus)), Path(path))
+            try:
+                write(self.report(int(session.exitstatus)), Path(path))
+            except ReportError as error:
+                self.stale = self.stale or str(error)
+                session.exitstatus = pytest.ExitCode.USAGE_ERROR
 
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        """The short matrix, and what was stale."""
+    def pytest_terminal_summary(self, terminalreporter: Any, exitstatus: int) -> None:
+        """The short matrix, and what was stale or selected nothing."""
         if self.stale:
             terminalreporter.write_line(f"ERROR: {self.stale}", red=True)
+        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and asked.for_checks(self.config):
+            text = f"no case matches {selection(self.config) or 'the arguments'}"
+            terminalreporter.write_line(
+                f"ERROR: {text}; a case id is check/model/setting/strategy, and `conformance"
+                " catalogue` lists the checks",
+                red=True,
+            )
         if self.rows:
             from conformance.terminal import matrix_lines
 
