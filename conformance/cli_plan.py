@@ -50,7 +50,7 @@ def plan_command(
         typer.Option("--option", "-o", help="A wish as KEY=VALUE, such as lora_r=32 or ranks=8."),
     ] = None,
     tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of a row, for the comparison of memory.")
+        int, typer.Option(min=1, max=1 << 24, help="Tokens of a row, for the comparison of memory.")
     ] = 2048,
 ) -> None:
     """Plan the training of a model from its config.json; nothing is downloaded or loaded."""
@@ -100,8 +100,13 @@ def _request(path: Path, setting: str, strategy: str, format: str, options: list
         raise _Stop(f"--setting: {error}") from None
     wishes = dict(_wish(text) for text in options)
     root = reference_package()
-    with _one_line(root):
-        traits = import_module(f"{root}.detect").detect(path, wishes.get("auto_class"))
+    try:
+        with _one_line(root):
+            traits = import_module(f"{root}.detect").detect(path, wishes.get("auto_class"))
+    except _Stop as stop:
+        if str(path) in str(stop):
+            raise
+        raise _Stop(f"{path}: {stop}", stop.status) from None
     if not traits.known:
         raise _Stop(f"{path}: {traits.notes[0].partition(';')[0]}; is it new, or misspelt?")
     return _Request(path, asked, strategy, wishes, root, traits)
@@ -190,12 +195,16 @@ def _comparison(request: _Request, format: str, tokens: int) -> list[Any]:
     if format == "json":
         return [json.dumps([vars(estimate) for estimate in found], indent=2) + "\n"]
     title = f"GiB of one GPU ({request.setting.id}, {ranks} GPUs, {tokens} tokens a row)"
-    refused = [f"refused: {e.strategy}: {e.refused}\n" for e in found if e.refused]
+    refused = [
+        f"refused: {e.strategy}: {e.refused.removeprefix(f'{e.strategy}: ')}\n"
+        for e in found
+        if e.refused
+    ]
     return [_memory_table([e for e in found if not e.refused], title), *refused]
 
 
 def _memory_table(found: list[Any], title: str) -> Table:
-    table = Table(title=title, box=SIMPLE, pad_edge=False)
+    table = Table(title=title, box=SIMPLE, pad_edge=False, collapse_padding=True)
     table.add_column("strategy")
     for column in (*_PARTS, "total"):
         table.add_column(column, justify="right")

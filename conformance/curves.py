@@ -72,5 +72,6 @@ def read(model: Model) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"no golden curve for {model.name}: {error}") from error
+        make = "python fixtures/scripts/make_curves.py writes it"
+        raise ValueError(f"no golden curve for {model.name} ({make}): {error}") from error
     return found

@@ -96,10 +96,16 @@ def fixtures_dir() -> Path:
 
 
 def published_data(model: Model) -> dict[str, Any]:
-    """The published `config.json` of a model without its `_sources`: plain data."""
+    """The published `config.json` of a model without its `_sources`: plain data.
+
+    Raises ValueError, one line, where there is none, or one without sources.
+    """
     path = fixtures_dir() / "published" / f"{model.published}.json"
+    if not path.is_file():
+        raise ValueError(f"model {model.name}: its published config, {path}, is not there")
     data: dict[str, Any] = json.loads(path.read_text())
-    data.pop("_sources")
+    if not data.pop("_sources", None):
+        raise ValueError(f"{path}: has no _sources; say where each size is from")
     return data
 
 

@@ -237,12 +237,9 @@ class Loaded:
 
     def unsupported(self, case: Case) -> str | None:
         """Why a case is `unsupported`, or None when every capability it needs is claimed for it."""
-        if "fit" in case.check.needs and "prepare" not in self.capabilities:
-            tuning = case.setting.tuning
-            if tuning != "full":
-                return (
-                    f"{self.name} does not claim 'prepare', which attaches the adapters of {tuning}"
-                )
+        tuning = case.setting.tuning
+        if "fit" in case.check.needs and "prepare" not in self.capabilities and tuning != "full":
+            return f"{self.name} does not claim 'prepare', which {tuning} needs"
         for need in case.check.needs:
             capability = self.capabilities.get(need)
             if capability is None:

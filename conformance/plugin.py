@@ -89,10 +89,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Register every marker that a case can carry."""
     from conformance.case import TRAITS
-    from conformance.families import MODELS
     from conformance.settings import DIMENSIONS
     from conformance.strategies import STRATEGIES
 
+    try:
+        from conformance.families import MODELS
+    except (TypeError, ValueError) as error:
+        raise pytest.UsageError(f"conformance/families: {error}") from error
     names: dict[str, str] = {}
     for model in MODELS.values():
         names.setdefault(model.family, "model family")

@@ -330,7 +330,11 @@ def load_json(path: Path | str) -> Any:
         size = source.stat().st_size
         if size > MAX_BYTES:
             raise ReportError(f"{shown}: {size} bytes; a report has at most {MAX_BYTES}")
-        text = source.read_text(encoding="utf-8")
+        with source.open("rb") as file:  # a pipe or a device tells no size
+            raw = file.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise ReportError(f"{shown}: longer than {MAX_BYTES} bytes, which no report is")
+        text = raw.decode("utf-8")
     except OSError as error:
         raise ReportError(f"{shown}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

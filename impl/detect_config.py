@@ -33,6 +33,8 @@ TOP_K_KEYS = (
 WIDTH_KEYS = ("moe_intermediate_size", "expert_intermediate_size", "intermediate_size")
 SHARED_KEYS = ("shared_expert_intermediate_size", "n_shared_experts", "num_shared_experts")
 LOGIT_SCALE_KEYS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+MAX_BYTES = 1 << 24  # of a config.json; the largest known have some hundred kilobytes
+_WEIGHTS = (b"GGUF", b"PK\x03\x04")  # llama.cpp's file, PyTorch's archive
 # Upper bounds that no model has reached; beyond them a config is a mistake (and slow to build).
 LIMITS = {
     "hidden_size": 1_000_000,
@@ -80,7 +82,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object of a `config.json` (or of the one in a folder); ConfigError otherwise."""
     file = path / "config.json" if path.is_dir() else path
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        with file.open("rb") as opened:
+            raw = opened.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES or raw.startswith(_WEIGHTS):
+            raise ConfigError(f"{file}: holds weights or other data; give the model's config.json")
+        value = json.loads(raw.decode("utf-8-sig"))
+    except ConfigError:
+        raise
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such file") from None
     except OSError as error:

@@ -137,6 +137,42 @@ def test_compare_strategies(tmp_path: Path) -> None:
     assert "lora_r" in err
 
 
+@pytest.mark.parametrize("name", ["gemma3-text", "qwen3_5"])
+def test_compare_strategies_without_experts(name: str, tmp_path: Path) -> None:
+    """Classes of newer releases all have `set_experts_implementation`; dense ones refuse it."""
+    build_config(MODELS[name]).save_pretrained(tmp_path)
+    status, out, err = run(str(tmp_path), "--compare-strategies", "-o", "ranks=2", "--tokens", "32")
+    assert status == 0, err
+    assert "activations" in out and "refused: fsdp2_ep: " in out
+    assert "fsdp2_ep: fsdp2_ep" not in out and "tp: tp:" not in out
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"GGUF\x03\x00\x00\x00", "holds weights or other data"),
+        (b" " * ((1 << 24) + 1), "holds weights or other data"),
+        (b'{"model_type": "frobnicate"}', "config has no hidden_size"),
+        (b'{"model_type": "mixtral", "hidden_size": "4096"}', "hidden_size is '4096'"),
+    ],
+)
+def test_files_that_are_no_config(content: bytes, says: str, tmp_path: Path) -> None:
+    """One line, which names the file."""
+    path = tmp_path / "given"
+    path.write_bytes(content)
+    status, _, err = run(str(path))
+    assert status == 2
+    assert says in err and err.startswith(f"{path}: ")
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_byte_order_mark(tmp_path: Path) -> None:
+    """As some editors write it."""
+    path = tmp_path / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + Path(E2B).read_bytes())
+    assert run(str(path))[0] == 0
+
+
 def test_help_imports_no_torch() -> None:
     """`--help` pays for neither torch nor transformers."""
     code = (

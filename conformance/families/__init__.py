@@ -12,7 +12,10 @@ def _load() -> dict[str, Model]:
     names = sorted(module.name for module in iter_modules(__path__) if module.name[0] != "_")
     models: dict[str, Model] = {}
     for name in names:
-        for model in import_module(f"{__name__}.{name}").MODELS:
+        found = getattr(import_module(f"{__name__}.{name}"), "MODELS", None)
+        if found is None:
+            raise ValueError(f"{name}.py has no MODELS")
+        for model in found:
             if model.name in models:
                 raise ValueError(f"model {model.name!r} is defined twice, again in {name}.py")
             models[model.name] = model
