@@ -6,7 +6,10 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from conformance.case import Check
+from conformance.case import TRAITS, Check
+from conformance.implementation import METHODS
+from conformance.settings import Setting
+from conformance.strategies import STRATEGIES
 
 F = TypeVar("F", bound=Callable[..., None])
 ATTRIBUTE = "conformance_check"
@@ -24,7 +27,8 @@ def check(
     """Declare a test function as the check `id`; the docstring's first line is its claim and its
     last line the thread or document that motivates it. See `Check` for the other arguments.
 
-    Raises TypeError when the function has no docstring of at least two lines.
+    Raises TypeError when the function has no docstring of at least two lines, ValueError for a
+    capability, trait, setting or strategy that does not exist: such a check would ask nothing.
     """
 
     def declare(function: F) -> F:
@@ -42,10 +46,28 @@ def check(
             motivation=lines[-1],
             **rest,
         )
+        _refuse_unknown(spec)
         setattr(function, ATTRIBUTE, spec)
         return function
 
     return declare
+
+
+def _refuse_unknown(spec: Check) -> None:
+    named = {
+        "capability": (spec.needs, METHODS),
+        "trait": (spec.traits | spec.without | spec.any_of, TRAITS),
+        "strategy": (spec.strategies, STRATEGIES),
+    }
+    for kind, (names, known) in named.items():
+        for name in names:
+            if name not in known:
+                raise ValueError(f"check {spec.id}: no {kind} {name!r}; known: {', '.join(known)}")
+    for text in (*spec.settings, *spec.dealt):
+        try:
+            Setting.parse(text)
+        except ValueError as error:
+            raise ValueError(f"check {spec.id}: {error}") from None
 
 
 def check_of(function: object) -> Check | None:

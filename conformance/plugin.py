@@ -130,7 +130,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     run = run_of(metafunc.config)
     found = cases(check, metafunc.config.getoption("matrix"))
     run.case_ids += [case.id for case in found]
-    run.checks[check.id] = (check.claim, check.motivation)
+    told = (check.claim, check.motivation)
+    if run.checks.setdefault(check.id, told) != told:
+        raise ValueError(f"check id {check.id} is taken; give {check.name} the next free number")
     run.files.add(Path(metafunc.definition.path))
     wanted = metafunc.config.getoption("case")
     if wanted:
