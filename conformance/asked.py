@@ -87,7 +87,7 @@ def _unknown_part(glob: str) -> str | None:
     for kind, part in zip(kinds, glob.split("/"), strict=False):
         if _WILD.search(part):
             return None
-        known = {"model": MODELS, "strategy": STRATEGIES}.get(kind)
+        known = {"model": list(MODELS), "strategy": list(STRATEGIES)}.get(kind)
         if known is not None and part != "-" and part not in known:
             return f"--case {glob!r}: no {kind} {part!r}{_close(part, known)}"
         if kind == "setting":
