@@ -9,11 +9,13 @@ import math
 import multiprocessing
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 
 from conformance import fidelity
 from conformance.batches import IGNORE, audio_inputs, pack, samples, stack
@@ -57,6 +59,23 @@ def language_parameters(model: Model, net: torch.nn.Module) -> dict[str, torch.n
         for name, parameter in net.named_parameters()
         if not set(name.split(".")) & set(model.freeze)
     }
+
+
+def test_no_model_is_missing_on_the_pinned_version() -> None:
+    """A misspelt class would make a whole family `unsupported`, which fails nothing."""
+    lines = (Path(__file__).parents[1] / "ci" / "constraints.txt").read_text().splitlines()
+    pinned = next(line for line in lines if line.startswith("transformers==")).partition("==")[2]
+    if Version(transformers.__version__) < Version(pinned):
+        pytest.skip(f"unavailable: transformers {transformers.__version__} lacks what {pinned} has")
+    missing = {model.name: available(model) for model in MODELS.values() if available(model)}
+    assert not missing, missing
+
+
+@pytest.mark.parametrize("model", BUILDABLE, ids=lambda model: model.name)
+def test_the_wrap_class_is_that_of_the_layers(model: Model) -> None:
+    built = build_stock(model, torch.float32)
+    layers = built.get_submodule(model.layers)
+    assert {type(layer).__name__ for layer in layers} == {model.wrap_class}
 
 
 @every_model
