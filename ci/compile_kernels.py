@@ -121,8 +121,8 @@ def native() -> Iterator[tuple[str, dict[str, int]]]:
     for found in experts_compile_triton.native_constants():
         c = dict(found)
         if c["CL"] == 1:  # no plan has clusters
-            kind = {0: "plain", 1: "weighted", 2: "silu", 3: "gelu_tanh"}[c["EPI"]]
-            yield f"experts_cuda:{kind} {c['KDIM']}x{c['NDIM']}{' transposed' * c['KN']}", c
+            shown = (f"{key}{c[key]}" for key in ("KDIM", "NDIM", "KN", "EPI"))
+            yield f"experts_cuda:{' '.join(shown)}", c
 
 
 def compile_native(name: str, constants: dict[str, int]) -> Result:

@@ -1,56 +1,47 @@
-"""Imported first by the forkserver: what a library asks of the GPUs as it is imported, the parent
-has found out and answers.
+"""Imported first by the forkserver: what a library asks of the GPUs as it is imported, a process of
+its own finds out.
 
 bitsandbytes reads the compute capabilities at its import, and PEFT imports it: the question makes a
-CUDA context, which no child may inherit (https://docs.pytorch.org/docs/stable/notes/multiprocessing.html).
+CUDA context, which no child may inherit
+(https://docs.pytorch.org/docs/stable/notes/multiprocessing.html).
 """
 
 from __future__ import annotations
 
-import os
+import subprocess
+import sys
+from functools import cache
 from typing import Any
 
-VARIABLE = "CONFORMANCE_COMPUTE_CAPABILITIES"
-_asked: Any = None  # torch's own function, while ours answers
+import torch
+
+_ASK = """
+import torch
+for index in range(torch.cuda.device_count()):
+    print(*torch.cuda.get_device_capability(index))
+"""
+_own = torch.cuda.get_device_capability
 
 
-def capabilities() -> str:
-    """Compute capability of every visible GPU, in order, as `VARIABLE` holds it: `9.0,9.0`."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return ""
-    found = (torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
-    return ",".join(f"{major}.{minor}" for major, minor in found)
+@cache
+def capabilities() -> tuple[tuple[int, int], ...]:
+    """Compute capability of every visible GPU, in order; its context ends with the process."""
+    done = subprocess.run([sys.executable, "-c", _ASK], capture_output=True, text=True, check=True)
+    pairs = (line.split() for line in done.stdout.splitlines())
+    return tuple((int(major), int(minor)) for major, minor in pairs)
 
 
-def answer() -> None:
-    """Let `torch.cuda.get_device_capability` answer from `VARIABLE`, where that names any GPU."""
-    import torch
-
-    global _asked
-    named = (one.split(".") for one in os.environ.get(VARIABLE, "").split(",") if one)
-    known = [(int(major), int(minor)) for major, minor in named]
-    if not known or _asked is not None:
-        return
-
-    def told(device: Any = None) -> tuple[int, int]:
-        index = getattr(device, "idx", device)  # `torch.cuda.device(0)` holds an index
-        if not isinstance(index, int):
-            index = None if index is None else torch.device(index).index
-        return known[index or 0]
-
-    _asked, torch.cuda.get_device_capability = torch.cuda.get_device_capability, told
+def _told(device: Any = None) -> tuple[int, int]:
+    """`torch.cuda.get_device_capability`, without a context."""
+    index = getattr(device, "idx", device)  # `torch.cuda.device(0)` holds an index
+    if not isinstance(index, int):
+        index = None if index is None else torch.device(index).index
+    return capabilities()[index or 0]
 
 
 def ask_again() -> None:
     """Give torch its own function back: the imports are done."""
-    import torch
-
-    global _asked
-    if _asked is not None:
-        torch.cuda.get_device_capability, _asked = _asked, None
+    torch.cuda.get_device_capability = _own
 
 
-if os.environ.get(VARIABLE):
-    answer()
+torch.cuda.get_device_capability = _told

@@ -23,7 +23,6 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from conformance import rank_devices
 from conformance.rank_process import (
     Outcome,
     RankContext,
@@ -213,7 +212,6 @@ def warm() -> None:
         PYTORCH_NVML_BASED_CUDA_CHECK="1",
         TOKENIZERS_PARALLELISM="false",
         HF_HUB_OFFLINE="1",
-        **{rank_devices.VARIABLE: rank_devices.capabilities()},
         CONFORMANCE_EXPECTED_MODELS=",".join(_models),
         CONFORMANCE_EXPECTED_IMPLEMENTATION=_implementation,
         PYTHONPATH=os.pathsep.join(path for path in sys.path if path),

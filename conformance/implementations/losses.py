@@ -68,8 +68,8 @@ class OtherLoss:
         num_items_in_batch: float | None = None,
         reduction: str = "mean",
     ) -> Any:
-        """The contract's function; the divisor is applied outside. Raises Declined for a scale or a
-        bias that the function has no argument for."""
+        """The contract's function; the divisor is applied outside. Raises Declined for a dtype,
+        a bias or a softcap that the function does not take."""
         rest = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
         if reduction == "none":
             return self.sum_of(hidden, weight, labels, reduction="none", **rest)
@@ -103,7 +103,10 @@ def _liger(
     reduction: str,
 ) -> Any:  # fmt: skip
     """Liger's fused linear cross-entropy; it has no scale of the logits: the rows take it."""
-    _decline_float64(hidden, "computes in float32 whatever it is given")
+    import torch
+
+    if hidden.dtype == torch.float64:
+        raise Declined("float64: the kernel computes in float32 whatever it is given")
     module = import_module(f"{LIGER_PACKAGE}.transformers.fused_linear_cross_entropy")
     layer = module.LigerFusedLinearCrossEntropyLoss(softcap=softcap, reduction=reduction)
     return layer(weight, hidden * logit_scale, labels, bias)
@@ -149,13 +152,6 @@ def _torch(
         reduction=reduction,
         options=torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True),
     )
-
-
-def _decline_float64(hidden: Any, why: str) -> None:
-    import torch
-
-    if hidden.dtype == torch.float64:
-        raise Declined(f"float64: the kernel {why}")
 
 
 def _has_torchs() -> str | None:

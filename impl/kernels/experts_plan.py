@@ -136,10 +136,10 @@ def with_native(plan: Plan, native: Native) -> Plan:
 
 def _native_fits(problem: Problem) -> bool:
     """Asked for by EXPERTS_CUDA=1, until its edge cases have run on a GPU (NOTES.md)."""
-    from . import experts_cuda_runtime, experts_products_cuda
-
     if os.environ.get("EXPERTS_CUDA") != "1":
         return False
+    from . import experts_cuda_runtime, experts_products_cuda
+
     return experts_products_cuda.fits(problem) and experts_cuda_runtime.available()
 
 
