@@ -67,8 +67,8 @@ def moe_lora_experts(
         down_proj: ``(E, H, I)``, likewise.
         act: ``"silu"`` or ``"gelu_tanh"``.
         lora: the adapter's factors, see `ExpertLora`; None for the base layer.
-        path: ``"auto"``, ``"triton"`` or ``"torch"``. With EXPERTS_CUDA=1 in the environment,
-            Triton's path takes its large products in CUDA where that was measured (NOTES.md).
+        path: ``"auto"``, ``"triton"`` or ``"torch"``. Triton's path
+            takes its large products in CUDA on Hopper, but for EXPERTS_CUDA=0 in the environment.
         check_index: raise on indices outside ``[0, E]``. Default: on a CPU, or where the
             environment variable EXPERTS_CHECK_INDEX is 1 (on a GPU it synchronises); unchecked
             ones act as ``E``.

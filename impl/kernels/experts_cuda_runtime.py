@@ -219,7 +219,7 @@ def weight_map(w: Tensor, columns: int, *, transposed: bool, pair: bool, cluster
     if pair:
         half = rows // 2
         shape, strides = (inner, half, 2 * experts), (inner, half * inner)
-        return tensor_map(pointer, shape, strides, (64, columns // 2, 2 // cluster))
+        return tensor_map(pointer, shape, strides, (64, columns // 2, 2))
     box = (64, 64 if transposed else columns // cluster, 1)
     return tensor_map(pointer, (inner, rows, experts), (inner, size), box)
 

@@ -231,7 +231,7 @@ __device__ __forceinline__ void produce(const Args& p, const Map* ma, const Map*
           for (int box = rank; box < BOXES; box += CL)
             load_box(b_at + 8192 * box, weight, bar, tile.column + 64 * box, k, tile.expert);
         } else if (EPI >= 2) {
-          load_box(b_at + rank * NT * 64, weight, bar, k, tile.column, 2 * tile.expert + rank);
+          load_box(b_at, weight, bar, k, tile.column, 2 * tile.expert);
         } else {
           load_box(b_at + rank * NT * 64, weight, bar, k, tile.column + rank * NT / 2, tile.expert);
         }
@@ -403,7 +403,7 @@ product(const __grid_constant__ Map ma, const __grid_constant__ Map mw,
   extern __shared__ char raw[];
   __shared__ __align__(16) int4 infos[STAGES];
   __shared__ __align__(8) u64 bars[2 * STAGES + 1];
-  __shared__ int slots[4], tokens[SHARED_TOKENS ? ROWS / CL : 1];
+  __shared__ int slots[4], tokens[SHARED_TOKENS ? 64 * NC : 1];
   const u32 ring = (shared_of(raw) + 1023) & ~1023u, full = shared_of(bars);
   const u32 empty = full + 8 * STAGES, mail = empty + 8 * STAGES;
   const int group = uniform(threadIdx.x / 128);

@@ -5,6 +5,7 @@ The figures behind the choices are in NOTES.md.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, replace
 
@@ -28,14 +29,11 @@ class Tiles:
 class Native:
     """The products in CUDA (`experts_cuda_source`) instead of Triton."""
 
-    cluster: int  # blocks that share a tile's weights
+    cluster: int  # blocks that share a tile's weights, in the products without a gather
     stages: int
     group: int  # row tiles of an expert that share their column blocks in time
 
-    @property
-    def rows(self) -> int:
-        """Most rows of a tile."""
-        return 64 * UNITS * self.cluster
+    rows = 64 * UNITS  # of a block's tile
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,6 @@ _HOPPER = Plan(
     input_blocks=0,
     keep_factors=True,
 )
-_NATIVE = Native(cluster=1, stages=4, group=8)
 _PORTABLE_TILES = Tiles(128, 32, 8, 3)
 _WIDE_TILES = Tiles(64, 32, 4, 2)  # float32 operands
 _INTERPRETER_TILES = Tiles(64, 64, 4, 2)
@@ -125,7 +122,7 @@ def plan_for(problem: Problem, *, interpreted: bool) -> Plan:
         return _small(_PORTABLE_TILES, rows=128, columns=64)
     plan = _hopper(problem)
     if device.type == "cuda" and _native_fits(problem):
-        plan = with_native(plan, _NATIVE)
+        plan = with_native(plan, _native(problem))
     return plan
 
 
@@ -134,9 +131,17 @@ def with_native(plan: Plan, native: Native) -> Plan:
     return replace(plan, rows=native.rows, native=native)
 
 
+def _native(problem: Problem) -> Native:
+    """Clusters of two where an expert's rows fill their tiles as well as those of one block."""
+    units = problem.slots / problem.experts / 64 + 0.5  # an expert's last unit is half full
+    alone, pairs = math.ceil(units / UNITS), math.ceil(units / (2 * UNITS))
+    cluster = 2 if 2 * pairs <= 1.05 * alone else 1
+    return Native(cluster=cluster, stages=4, group=8)
+
+
 def _native_fits(problem: Problem) -> bool:
-    """Asked for by EXPERTS_CUDA=1, until its edge cases have run on a GPU (NOTES.md)."""
-    if os.environ.get("EXPERTS_CUDA") != "1":
+    """Whether the products run in CUDA; EXPERTS_CUDA=0 in the environment keeps Triton's."""
+    if os.environ.get("EXPERTS_CUDA") == "0":
         return False
     from . import experts_cuda_runtime, experts_products_cuda
 

@@ -22,14 +22,13 @@ if TYPE_CHECKING:
 _PLAIN, _WEIGHTED, _SILU, _GELU = range(4)
 _EPILOGUES = {"silu": _SILU, "gelu_tanh": _GELU}
 _WIDEST = 256  # columns of a tile
-_RANKS = 16  # larger ones are not measured yet (they may well run: tests/kernels/test_experts_cuda)
+_RANKS = 64  # one step of the inner loop
 _LEAST = 256  # of both widths: the ring's stages are a part of one tile
-_MOST = 4096  # inner width; mixtral's products are as fast in Triton (NOTES.md)
 _RECORDED: list[runtime.Constants] = []
 
 
 def fits(problem: Problem) -> bool:
-    """Whether the kernels take this problem: about what was measured on a GPU (NOTES.md)."""
+    """Whether the kernels take this problem."""
     p = problem
     return (
         p.dtype == torch.bfloat16
@@ -37,7 +36,6 @@ def fits(problem: Problem) -> bool:
         and max(p.rank_up, p.rank_down) <= _RANKS
         and not (p.width % 64 or p.inner % 64)
         and min(p.width, p.inner) >= _LEAST
-        and p.inner <= _MOST
     )
 
 
@@ -120,12 +118,13 @@ def _launch(
 ) -> None:
     routing, native = run.routing, run.plan.native
     assert native is not None
+    cluster = 1 if constants["GATHER"] else native.cluster
     values = {
         **constants,
         "KDIM": a.shape[1],
         "STRIDE": out.stride(0),
         "TOPK": run.p.top_k,
-        "CL": native.cluster,
+        "CL": cluster,
         "STAGES": native.stages,
         "GROUP": native.group,
     }
@@ -141,7 +140,7 @@ def _launch(
             constants["NT"],
             transposed=bool(constants["KN"]),
             pair=h is not None,
-            cluster=native.cluster,
+            cluster=cluster,
         )
 
     maps = [runtime.rows_map(a), weight(w)]
@@ -150,13 +149,16 @@ def _launch(
         maps += [runtime.rows_map(left), weight(right)]
     else:
         maps += maps
-    tiles = routing.tile_expert.shape[0]
+    expert, row = routing.tile_expert, routing.tile_row
+    if cluster == 2:
+        expert, row = routing.pair_expert, routing.pair_row
+    tiles = expert.shape[0]
     args = runtime.Args(
         *(
             None if tensor is None else tensor.data_ptr()
             for tensor in (
                 a, routing.order, routing.weights, out, h,
-                routing.tile_expert, routing.tile_row, routing.offsets, routing.counter,
+                expert, row, routing.offsets, routing.counter,
             )
         ),
         tiles,

@@ -37,25 +37,33 @@ class Routing:
     chunk_row: Tensor  # (chunks,)
     chunk_first: Tensor  # (E + 1,) first chunk of each expert
     counter: Tensor  # (2,) zeros; the products in CUDA hand out tiles by it and leave it at zero
+    pair_expert: Tensor  # (pairs,) as the tiles, of twice their rows; empty unless asked for
+    pair_row: Tensor  # (pairs,)
 
     def tensors(self) -> list[Tensor]:
         """The fields in order, to be saved for backward; ``Routing(*tensors)`` is the inverse."""
         return [getattr(self, name) for name in self.__dataclass_fields__]
 
 
-def route(index: Tensor, weights: Tensor, experts: int, tile: int, chunk: int) -> Routing:
-    """Sort the slots of ``index`` (T, K) by expert; map entries cover ``tile``, ``chunk`` rows."""
+def route(
+    index: Tensor, weights: Tensor, experts: int, tile: int, chunk: int, *, pairs: bool = False
+) -> Routing:
+    """Sort the slots of ``index`` (T, K) by expert; map entries cover ``tile``, ``chunk`` rows.
+
+    With ``pairs`` a third map is made, whose entries cover twice ``tile`` rows.
+    """
     slots = index.numel()
     device = index.device
     blocks = cdiv(slots, _BLOCK)
     bins = next_power(experts, 128)
     tiles = slots // tile + min(experts, slots)
     chunks = slots // chunk + experts
+    wide = slots // (2 * tile) + min(experts, slots) if pairs else 0
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
 
-    counts, tile_first = empty(blocks, bins), empty(experts + 1)
+    counts, tile_first, pair_first = empty(blocks, bins), empty(experts + 1), empty(experts + 1)
     result = Routing(
         empty(slots),
         empty(slots),
@@ -67,6 +75,8 @@ def route(index: Tensor, weights: Tensor, experts: int, tile: int, chunk: int) -
         empty(chunks),
         empty(experts + 1),
         empty(2),
+        empty(wide),
+        empty(wide),
     )
     flat = index.reshape(-1)
     sizes = {"SLOTS": slots, "EXPERTS": experts, "BINS": bins, "BLOCK": _BLOCK}
@@ -78,6 +88,7 @@ def route(index: Tensor, weights: Tensor, experts: int, tile: int, chunk: int) -
         offsets=result.offsets,
         tile_first=tile_first,
         chunk_first=result.chunk_first,
+        pair_first=pair_first if pairs else None,
         counter=result.counter,
         blocks=blocks,
         EXPERTS=experts,
@@ -106,6 +117,10 @@ def route(index: Tensor, weights: Tensor, experts: int, tile: int, chunk: int) -
         chunk_expert=result.chunk_expert,
         chunk_row=result.chunk_row,
         chunks=chunks,
+        pair_first=pair_first if pairs else None,
+        pair_expert=result.pair_expert if pairs else None,
+        pair_row=result.pair_row if pairs else None,
+        pairs=wide,
         **sizes,
         TILE=tile,
         chunk_rows=chunk,
@@ -148,6 +163,7 @@ def scan_kernel(
     offsets,
     tile_first,
     chunk_first,
+    pair_first,
     counter,
     blocks,
     chunk_rows,
@@ -180,6 +196,10 @@ def scan_kernel(
     tl.store(offsets + bins, tl.cumsum(total, 0) - total, mask=real)
     tl.store(tile_first + bins, tl.cumsum(tiles, 0) - tiles, mask=real)
     tl.store(chunk_first + bins, tl.cumsum(chunks, 0) - chunks, mask=real)
+    if pair_first is not None:
+        pairs = (total + 2 * TILE - 1) // (2 * TILE)
+        tl.store(pair_first + EXPERTS, tl.sum(pairs, 0))
+        tl.store(pair_first + bins, tl.cumsum(pairs, 0) - pairs, mask=real)
 
 
 @triton.jit
@@ -207,7 +227,7 @@ def _fill_map(
     tl.store(to_row + entry, row, mask=entry < size)
 
 
-@triton.jit(do_not_specialize=["tiles", "chunks", "chunk_rows", "SLOTS"])
+@triton.jit(do_not_specialize=["tiles", "chunks", "pairs", "chunk_rows", "SLOTS"])
 def scatter_kernel(
     index,
     weights,
@@ -224,6 +244,10 @@ def scatter_kernel(
     chunk_expert,
     chunk_row,
     chunks,
+    pair_first,
+    pair_expert,
+    pair_row,
+    pairs,
     chunk_rows,
     SLOTS,
     EXPERTS: tl.constexpr,
@@ -278,3 +302,16 @@ def scatter_kernel(
         FILL,
         chunk_rows,
     )
+    if pair_first is not None:
+        _fill_map(
+            pair_first,
+            offsets,
+            pair_expert,
+            pair_row,
+            pairs,
+            start,
+            EXPERTS,
+            BINS,
+            FILL,
+            2 * TILE,
+        )

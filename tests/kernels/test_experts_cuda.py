@@ -49,11 +49,11 @@ def test_tiles_cover_the_columns_within_what_an_instruction_takes(gather: bool, 
         assert (blocks - 1) * half < columns, (columns, width, blocks)
 
 
-def test_a_layer_takes_five_kernels_alone_and_in_clusters() -> None:
+def test_products_without_a_gather_come_alone_and_in_clusters() -> None:
     constants = [dict(found) for found in compile_.native_constants()]
     kinds = {(c["KDIM"], c["NDIM"], c["KN"], c["GATHER"], c["EPI"], c["CL"]) for c in constants}
-    # up, down, dh, dX of three shapes.
-    assert len(kinds) == 3 * 4 * 2
+    # up and dh of three shapes; down and dX twice.
+    assert len(kinds) == 3 * (2 + 2 * 2)
     for values in constants:
         text = source(values)
         for name, value in values.items():
@@ -71,8 +71,7 @@ def test_no_kernel_spills_or_serializes_its_products() -> None:
         _, log = runtime.compile_source(source(dict(constants)), ("--ptxas-options=-v",))
         spilled = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]
         assert spilled, f"{constants}: no report of the compiler: {log}"
-        allowed = 16 if dict(constants)["CL"] == 2 else 0  # in the loaders; no plan has clusters
-        assert max(spilled) <= allowed, f"{constants} spills: {log}"
+        assert max(spilled) == 0, f"{constants} spills: {log}"
         assert "C75" not in log, f"{constants}: {log}"
 
 
