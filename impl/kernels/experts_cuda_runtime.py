@@ -148,7 +148,8 @@ def kernel(device: int, constants: Constants) -> Kernel:
         driver().cuModuleGetFunction(ctypes.byref(function), module, b"product"),
         "cuModuleGetFunction",
     )
-    columns = -(-values["NT"] // 64) * 64 if values["KN"] else values["NT"]
+    boxed = values["KN"] or values["CL"] > 1
+    columns = -(-values["NT"] // 64) * 64 if boxed else values["NT"]
     shared = values["STAGES"] * (64 * UNITS + columns) * 128 + 1024
     _check(driver().cuFuncSetAttribute(function, 8, shared), "cuFuncSetAttribute")
     cluster, threads = values["CL"], 128 * (UNITS + 1)
@@ -220,7 +221,7 @@ def weight_map(w: Tensor, columns: int, *, transposed: bool, pair: bool, cluster
         half = rows // 2
         shape, strides = (inner, half, 2 * experts), (inner, half * inner)
         return tensor_map(pointer, shape, strides, (64, columns // 2, 2))
-    box = (64, 64 if transposed else columns // cluster, 1)
+    box = (64, 64 if transposed or cluster > 1 else columns, 1)
     return tensor_map(pointer, (inner, rows, experts), (inner, size), box)
 
 

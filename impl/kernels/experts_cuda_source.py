@@ -49,9 +49,10 @@ constexpr int BN = EPI >= 2 ? NT / 2 : NT;  // output columns of a tile (of gate
 constexpr int ROWS = 64 * NC * CL;  // of a tile: CL blocks of a cluster share it and its weights
 constexpr int STEPS = (KDIM + 63) / 64;
 constexpr int ALL_STEPS = STEPS + (RP ? 1 : 0);
-constexpr int BOXES = (NT + 63) / 64;  // KN only: boxes of 64 columns
+constexpr int BOXES = (NT + 63) / 64;  // of 64 columns
+constexpr bool BOXED = KN || CL > 1;  // how weights come; else all columns at once
 constexpr u32 A_BYTES = 64 * NC * 128;
-constexpr u32 B_BYTES = KN ? BOXES * 8192 : NT * 128;
+constexpr u32 B_BYTES = BOXED ? BOXES * 8192 : NT * 128;
 constexpr u32 STAGE = A_BYTES + B_BYTES;
 constexpr bool WIDE = !(GATHER && NT < 256);  // consumers need 160 registers
 constexpr bool SHARED_TOKENS = GATHER && WIDE;  // and leave loaders 32
@@ -80,7 +81,7 @@ __device__ __forceinline__ void load_box(u32 to, const Map* map, u32 bar, int x,
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
       " [%0], [%1, {%3, %4}], [%2];" ::"r"(to), "l"(map), "r"(bar), "r"(x), "r"(y) : "memory");
 }
-// The weights: to this block, or to the same place in both blocks of the cluster.
+// The weights: to this block, or to the same place in all blocks of the cluster.
 __device__ __forceinline__ void load_box(u32 to, const Map* map, u32 bar, int x, int y, int z) {
   if (CL == 1)
     asm volatile(
@@ -91,7 +92,13 @@ __device__ __forceinline__ void load_box(u32 to, const Map* map, u32 bar, int x,
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
         ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to), "l"(map), "r"(bar),
-        "r"(x), "r"(y), "r"(z), "h"((u16)3) : "memory");
+        "r"(x), "r"(y), "r"(z), "h"((u16)((1 << CL) - 1)) : "memory");
+}
+// Which block of its cluster this is; read where needed rather than kept in a register.
+__device__ __forceinline__ int cluster_rank() {
+  u32 rank = 0;
+  if (CL > 1) asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
 }
 // The address of the same place in the shared memory of another block of the cluster.
 __device__ __forceinline__ u32 remote(u32 at, u32 rank) {
@@ -101,7 +108,7 @@ __device__ __forceinline__ u32 remote(u32 at, u32 rank) {
 }
 __device__ __forceinline__ void bar_arrive_remote(u32 bar) {
   // No release at cluster scope: that is a fence of the whole GPU in every step, and nothing was
-  // written that the other block would read.
+  // written that another block would read.
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
 }
 __device__ __forceinline__ void send(u32 to, int value, u32 bar) {
@@ -156,8 +163,7 @@ struct Tile { int row, end, column, expert; };
 // The tile numbered t; expert -1: none from here on. An expert's tiles follow each other, row tiles
 // fastest in groups of GROUP, so that weights are read from memory once.
 __device__ __forceinline__ Tile tile_of(int t, const int* tile_expert, const int* tile_row,
-                                        const int* offsets, int first_block, int blocks,
-                                        int rank) {
+                                        const int* offsets, int first_block, int blocks) {
   const int m = t / blocks;
   Tile tile;
   tile.expert = tile_expert[m];
@@ -169,11 +175,9 @@ __device__ __forceinline__ Tile tile_of(int t, const int* tile_expert, const int
   inside -= first * blocks;
   const int part = first + inside % size, n = inside / size;
   int from = units * part / parts, to = units * (part + 1) / parts;
-  if (CL == 2) {
-    const int middle = (from + to + 1) / 2;
-    if (rank) from = middle;
-    else to = middle;
-  }
+  const int all = to - from, rank = cluster_rank();
+  to = from + (all * (rank + 1) + CL - 1) / CL;
+  from += (all * rank + CL - 1) / CL;
   tile.row = low + from * 64;
   tile.end = min(high, low + to * 64);
   tile.column = (first_block + n) * BN;
@@ -188,8 +192,8 @@ struct Args {
 
 __device__ __forceinline__ void produce(const Args& p, const Map* ma, const Map* mw, const Map* ms,
                                         const Map* mv, u32 ring, u32 full, u32 empty, u32 mail,
-                                        int4* infos, int* slots, volatile int* tokens, int thread,
-                                        int rank) {
+                                        int4* infos, int* slots, volatile int* tokens,
+                                        int thread) {
   const int total = p.tiles * p.blocks, lane = thread % 8, line = thread / 8;
   const int clusters = gridDim.x / CL;
   const u32 inside = line * 128 + ((lane ^ (line & 7)) << 4);
@@ -204,7 +208,7 @@ __device__ __forceinline__ void produce(const Args& p, const Map* ma, const Map*
     Tile tile;
     tile.expert = -1;
     if (t < total)
-      tile = tile_of(t, p.tile_expert, p.tile_row, p.offsets, p.first_block, p.blocks, rank);
+      tile = tile_of(t, p.tile_expert, p.tile_row, p.offsets, p.first_block, p.blocks);
     if (tile.expert < 0) break;
     const int units = max(0, tile.end - tile.row + 63) / 64;
     int token[SHARED_TOKENS ? 1 : NC * 4];
@@ -214,7 +218,7 @@ __device__ __forceinline__ void produce(const Args& p, const Map* ma, const Map*
         (SHARED_TOKENS ? tokens[line + 16 * i] : token[i]) =
             p.order[max(0, min(tile.row + line + 16 * i, tile.end - 1))] / TOPK;
     }
-    if (CL == 2 && thread == 0 && rank) bar_expect(mail, 4);
+    if (CL > 1 && thread == 0 && cluster_rank()) bar_expect(mail, 4);
 #pragma unroll 1
     for (int step = 0; step < ALL_STEPS; step++) {
       const u32 a_at = ring + s * STAGE, b_at = a_at + A_BYTES, bar = full + 8 * s;
@@ -226,22 +230,24 @@ __device__ __forceinline__ void produce(const Args& p, const Map* ma, const Map*
         const int k = lora ? 0 : step * 64;
         const Map* weight = lora ? mv : mw;
         bar_expect(bar, B_BYTES + (boxes ? units * 8192 : 0));
-        if (KN) {
+        if (BOXED) {
 #pragma unroll 1
-          for (int box = rank; box < BOXES; box += CL)
-            load_box(b_at + 8192 * box, weight, bar, tile.column + 64 * box, k, tile.expert);
-        } else if (EPI >= 2) {
-          load_box(b_at, weight, bar, k, tile.column, 2 * tile.expert);
+          for (int box = cluster_rank(); box < BOXES; box += CL) {
+            const int n = tile.column + 64 * box;
+            load_box(b_at + 8192 * box, weight, bar, KN ? n : k, KN ? k : n, tile.expert);
+          }
         } else {
-          load_box(b_at + rank * NT * 64, weight, bar, k, tile.column + rank * NT / 2, tile.expert);
+          load_box(b_at, weight, bar, k, tile.column, EPI >= 2 ? 2 * tile.expert : tile.expert);
         }
         if (boxes)
 #pragma unroll 1
           for (int u = 0; u < units; u++)
             load_box(a_at + u * 8192, lora ? ms : ma, bar, k, tile.row + 64 * u);
-        if (step == (ALL_STEPS > 6 ? ALL_STEPS - 6 : 0) && rank == 0) {
+        if (step == (ALL_STEPS > 6 ? ALL_STEPS - 6 : 0) && cluster_rank() == 0) {
           t = atomicAdd(p.counter, 1) + clusters;
-          if (CL == 2) send(remote(shared_of(slots + 2 + turn), 1), t, remote(mail, 1));
+#pragma unroll 1
+          for (int other = 1; other < CL; other++)
+            send(remote(shared_of(slots + 2 + turn), other), t, remote(mail, other));
         }
       }
       if (GATHER) {
@@ -258,7 +264,7 @@ __device__ __forceinline__ void produce(const Args& p, const Map* ma, const Map*
       }
       if (++s == STAGES) { s = 0; phase ^= 1; }
     }
-    if (CL == 2 && thread == 0 && rank) {
+    if (CL > 1 && thread == 0 && cluster_rank()) {
       bar_wait(mail, letters);
       letters ^= 1;
       t = *(volatile int*)(slots + 2 + turn);
@@ -269,7 +275,7 @@ __device__ __forceinline__ void produce(const Args& p, const Map* ma, const Map*
     infos[s] = make_int4(0, 0, 0, -1);
     bar_arrive(full + 8 * s);
     // The last block leaves the counter as the next launch wants it.
-    if (rank == 0) {
+    if (cluster_rank() == 0) {
       __threadfence();
       if (atomicAdd(p.counter + 1, 1) == clusters - 1) { p.counter[0] = 0; p.counter[1] = 0; }
     }
@@ -321,9 +327,11 @@ __device__ __forceinline__ void write(const float (&d)[NT / 2], const Args& p, i
 
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
-__device__ __forceinline__ void release(u32 empty, u32 peer, int s) {
-  bar_arrive(empty + 8 * s);
-  if (CL == 2) bar_arrive_remote(peer + 8 * s);
+// This warp has read stage s; the first lanes tell one block of the cluster each.
+__device__ __forceinline__ void release(u32 empty, int s) {
+  if (threadIdx.x % 32 >= CL) return;
+  if (CL == 1) bar_arrive(empty + 8 * s);
+  else bar_arrive_remote(empty + 8 * s);
 }
 
 template <int PARTS>
@@ -341,7 +349,7 @@ __device__ __forceinline__ void multiply(float (&d)[NT / 2], u32 a_at, u32 b_at,
 }
 
 __device__ __forceinline__ void consume(const Args& p, u32 ring, u32 full, u32 empty,
-                                        u32 peer, const int4* infos, int unit) {
+                                        const int4* infos, int unit) {
   const int lane = threadIdx.x % 32, line = threadIdx.x % 128 / 32 * 16 + lane / 4;
   int s = 0;
   u32 phase = 0;
@@ -367,7 +375,7 @@ __device__ __forceinline__ void consume(const Args& p, u32 ring, u32 full, u32 e
         bar_wait(full + 8 * s, phase);
         multiply<4>(d, ring + s * STAGE + unit * 8192, ring + s * STAGE + A_BYTES, 1);
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-        if (lane == 0) release(empty, peer, before);
+        release(empty, before);
         before = s;
         if (++s == STAGES) { s = 0; phase ^= 1; }
       }
@@ -375,12 +383,12 @@ __device__ __forceinline__ void consume(const Args& p, u32 ring, u32 full, u32 e
         bar_wait(full + 8 * s, phase);
         multiply<RP / 16>(d, ring + s * STAGE + unit * 8192, ring + s * STAGE + A_BYTES, 1);
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-        if (lane == 0) release(empty, peer, before);
+        release(empty, before);
         before = s;
         if (++s == STAGES) { s = 0; phase ^= 1; }
       }
       asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-      if (lane == 0) release(empty, peer, before);
+      release(empty, before);
 #pragma unroll
       for (int i = 0; i < NT / 2; i++) asm volatile("" : "+f"(d[i])::"memory");
       write(d, p, tile, row, scale_a, scale_b);
@@ -389,7 +397,7 @@ __device__ __forceinline__ void consume(const Args& p, u32 ring, u32 full, u32 e
       for (int step = 0; step < ALL_STEPS; step++) {
         if (step) bar_wait(full + 8 * s, phase);
         __syncwarp();
-        if (lane == 0) release(empty, peer, s);
+        release(empty, s);
         if (++s == STAGES) { s = 0; phase ^= 1; }
       }
     }
@@ -407,8 +415,6 @@ product(const __grid_constant__ Map ma, const __grid_constant__ Map mw,
   const u32 ring = (shared_of(raw) + 1023) & ~1023u, full = shared_of(bars);
   const u32 empty = full + 8 * STAGES, mail = empty + 8 * STAGES;
   const int group = uniform(threadIdx.x / 128);
-  u32 rank = 0;
-  if (CL == 2) asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
@@ -418,18 +424,19 @@ product(const __grid_constant__ Map ma, const __grid_constant__ Map mw,
     bar_init(mail, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  if (CL == 2) cluster_meet();
+  if (CL > 1) cluster_meet();
   else __syncthreads();
   asm volatile("griddepcontrol.wait;" ::: "memory");
   if (group < NC) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WIDE ? 160 : 152));
-    consume(p, ring, full, empty, CL == 2 ? remote(empty, rank ^ 1) : 0, infos, group);
+    const u32 told = CL == 1 ? empty : remote(empty, min(threadIdx.x % 32, CL - 1));
+    consume(p, ring, full, told, infos, group);
   } else {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WIDE ? 32 : 56));
     const int thread = threadIdx.x - 128 * NC;
     if (GATHER || thread == 0)
-      produce(p, &ma, &mw, &ms, &mv, ring, full, empty, mail, infos, slots, tokens, thread, rank);
+      produce(p, &ma, &mw, &ms, &mv, ring, full, empty, mail, infos, slots, tokens, thread);
   }
-  if (CL == 2) cluster_meet();  // nobody leaves while the other may still write or arrive here
+  if (CL > 1) cluster_meet();  // nobody leaves while another may still write or arrive here
 }
 """

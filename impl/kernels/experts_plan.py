@@ -132,10 +132,13 @@ def with_native(plan: Plan, native: Native) -> Plan:
 
 
 def _native(problem: Problem) -> Native:
-    """Clusters of two where an expert's rows fill their tiles as well as those of one block."""
+    """The largest cluster whose tiles an expert's rows fill as well as those of one block."""
     units = problem.slots / problem.experts / 64 + 0.5  # an expert's last unit is half full
-    alone, pairs = math.ceil(units / UNITS), math.ceil(units / (2 * UNITS))
-    cluster = 2 if 2 * pairs <= 1.05 * alone else 1
+
+    def blocks(cluster: int) -> int:
+        return cluster * math.ceil(units / (cluster * UNITS))
+
+    cluster = max(n for n in (1, 2) if blocks(n) <= 1.05 * blocks(1))
     return Native(cluster=cluster, stages=4, group=8)
 
 

@@ -150,8 +150,8 @@ def _launch(
     else:
         maps += maps
     expert, row = routing.tile_expert, routing.tile_row
-    if cluster == 2:
-        expert, row = routing.pair_expert, routing.pair_row
+    if cluster > 1:
+        expert, row = routing.wide_expert, routing.wide_row
     tiles = expert.shape[0]
     args = runtime.Args(
         *(

@@ -1,4 +1,4 @@
-"""Routing on the device in three launches: who serves which slot, in a stable order, no sync.
+"""Routing on the device in four launches: who serves which slot, in a stable order, no sync.
 
 Slots (``slot = token * K + k``) are counting-sorted by expert. Two maps cut every expert's rows
 into *tiles* (units of a product) and *chunks* (units of a sum over rows), within one expert. Map
@@ -37,8 +37,8 @@ class Routing:
     chunk_row: Tensor  # (chunks,)
     chunk_first: Tensor  # (E + 1,) first chunk of each expert
     counter: Tensor  # (2,) zeros; the products in CUDA hand out tiles by it and leave it at zero
-    pair_expert: Tensor  # (pairs,) as the tiles, of twice their rows; empty unless asked for
-    pair_row: Tensor  # (pairs,)
+    wide_expert: Tensor  # (wide tiles,) as above, of several tiles' rows; empty unless asked for
+    wide_row: Tensor  # (wide tiles,)
 
     def tensors(self) -> list[Tensor]:
         """The fields in order, to be saved for backward; ``Routing(*tensors)`` is the inverse."""
@@ -46,11 +46,11 @@ class Routing:
 
 
 def route(
-    index: Tensor, weights: Tensor, experts: int, tile: int, chunk: int, *, pairs: bool = False
+    index: Tensor, weights: Tensor, experts: int, tile: int, chunk: int, *, cluster: int = 1
 ) -> Routing:
     """Sort the slots of ``index`` (T, K) by expert; map entries cover ``tile``, ``chunk`` rows.
 
-    With ``pairs`` a third map is made, whose entries cover twice ``tile`` rows.
+    With a ``cluster`` a third map is made, whose entries cover so many times ``tile`` rows.
     """
     slots = index.numel()
     device = index.device
@@ -58,12 +58,13 @@ def route(
     bins = next_power(experts, 128)
     tiles = slots // tile + min(experts, slots)
     chunks = slots // chunk + experts
-    wide = slots // (2 * tile) + min(experts, slots) if pairs else 0
+    wides = slots // (tile * cluster) + min(experts, slots) if cluster > 1 else 0
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
 
-    counts, tile_first, pair_first = empty(blocks, bins), empty(experts + 1), empty(experts + 1)
+    counts, totals = empty(blocks, bins), empty(bins)
+    tile_first, wide_first = empty(experts + 1), empty(experts + 1)
     result = Routing(
         empty(slots),
         empty(slots),
@@ -75,28 +76,39 @@ def route(
         empty(chunks),
         empty(experts + 1),
         empty(2),
-        empty(wide),
-        empty(wide),
+        empty(wides),
+        empty(wides),
     )
     flat = index.reshape(-1)
     sizes = {"SLOTS": slots, "EXPERTS": experts, "BINS": bins, "BLOCK": _BLOCK}
     launch(count_kernel, (blocks,), index=flat, counts=counts, **sizes, warps=4, stages=1)
     launch(
+        start_kernel,
+        (bins // 16,),
+        counts=counts,
+        totals=totals,
+        blocks=blocks,
+        BINS=bins,
+        ROWS=256,
+        COLUMNS=16,
+        warps=8,
+        stages=1,
+    )
+    launch(
         scan_kernel,
         (1,),
-        counts=counts,
+        totals=totals,
         offsets=result.offsets,
         tile_first=tile_first,
         chunk_first=result.chunk_first,
-        pair_first=pair_first if pairs else None,
+        wide_first=wide_first if wides else None,
         counter=result.counter,
-        blocks=blocks,
         EXPERTS=experts,
         BINS=bins,
-        ROWS=max(8, 8192 // bins),
         TILE=tile,
+        WIDE=tile * cluster,
         chunk_rows=chunk,
-        warps=8,
+        warps=4,
         stages=1,
     )
     launch(
@@ -117,12 +129,13 @@ def route(
         chunk_expert=result.chunk_expert,
         chunk_row=result.chunk_row,
         chunks=chunks,
-        pair_first=pair_first if pairs else None,
-        pair_expert=result.pair_expert if pairs else None,
-        pair_row=result.pair_row if pairs else None,
-        pairs=wide,
+        wide_first=wide_first if wides else None,
+        wide_expert=result.wide_expert if wides else None,
+        wide_row=result.wide_row if wides else None,
+        wides=wides,
         **sizes,
         TILE=tile,
+        WIDE=tile * cluster,
         chunk_rows=chunk,
         FILL=next_power(cdiv(max(tiles, chunks), blocks)),
         STEP=32,
@@ -157,26 +170,20 @@ def count_kernel(
     tl.store(counts + block * BINS + tl.arange(0, BINS), tl.histogram(e, BINS, mask=e < EXPERTS))
 
 
-@triton.jit(do_not_specialize=["blocks", "chunk_rows"])
-def scan_kernel(
+@triton.jit(do_not_specialize=["blocks"])
+def start_kernel(
     counts,
-    offsets,
-    tile_first,
-    chunk_first,
-    pair_first,
-    counter,
+    totals,
     blocks,
-    chunk_rows,
-    EXPERTS: tl.constexpr,
     BINS: tl.constexpr,
     ROWS: tl.constexpr,
-    TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Turn counts into starts within the expert; cut experts into tiles and chunks. One program."""
+    """Turn the blocks' counts of a few experts into starts within the expert, and add them up."""
     begin(PDL)
-    bins = tl.arange(0, BINS)
-    carry = tl.zeros([BINS], tl.int32)
+    bins = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    carry = tl.zeros([COLUMNS], tl.int32)
     for first in range(0, blocks, ROWS):
         rows = first + tl.arange(0, ROWS)
         pointers = counts + rows[:, None] * BINS + bins[None, :]
@@ -185,8 +192,29 @@ def scan_kernel(
         running = tl.cumsum(block, 0)
         tl.store(pointers, running - block + carry[None, :], mask=live)
         carry += tl.sum(block, 0)
+    tl.store(totals + bins, carry)
+
+
+@triton.jit(do_not_specialize=["chunk_rows"])
+def scan_kernel(
+    totals,
+    offsets,
+    tile_first,
+    chunk_first,
+    wide_first,
+    counter,
+    chunk_rows,
+    EXPERTS: tl.constexpr,
+    BINS: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Cut the experts' rows into tiles and chunks. One program."""
+    begin(PDL)
+    bins = tl.arange(0, BINS)
     real = bins < EXPERTS
-    total = tl.where(real, carry, 0)
+    total = tl.load(totals + bins, mask=real, other=0)
     tiles = (total + TILE - 1) // TILE
     chunks = tl.where(real, tl.maximum((total + chunk_rows - 1) // chunk_rows, 1), 0)
     tl.store(counter + tl.arange(0, 2), tl.zeros([2], tl.int32))
@@ -196,10 +224,10 @@ def scan_kernel(
     tl.store(offsets + bins, tl.cumsum(total, 0) - total, mask=real)
     tl.store(tile_first + bins, tl.cumsum(tiles, 0) - tiles, mask=real)
     tl.store(chunk_first + bins, tl.cumsum(chunks, 0) - chunks, mask=real)
-    if pair_first is not None:
-        pairs = (total + 2 * TILE - 1) // (2 * TILE)
-        tl.store(pair_first + EXPERTS, tl.sum(pairs, 0))
-        tl.store(pair_first + bins, tl.cumsum(pairs, 0) - pairs, mask=real)
+    if wide_first is not None:
+        wides = (total + WIDE - 1) // WIDE
+        tl.store(wide_first + EXPERTS, tl.sum(wides, 0))
+        tl.store(wide_first + bins, tl.cumsum(wides, 0) - wides, mask=real)
 
 
 @triton.jit
@@ -227,7 +255,7 @@ def _fill_map(
     tl.store(to_row + entry, row, mask=entry < size)
 
 
-@triton.jit(do_not_specialize=["tiles", "chunks", "pairs", "chunk_rows", "SLOTS"])
+@triton.jit(do_not_specialize=["tiles", "chunks", "wides", "chunk_rows", "SLOTS"])
 def scatter_kernel(
     index,
     weights,
@@ -244,16 +272,17 @@ def scatter_kernel(
     chunk_expert,
     chunk_row,
     chunks,
-    pair_first,
-    pair_expert,
-    pair_row,
-    pairs,
+    wide_first,
+    wide_expert,
+    wide_row,
+    wides,
     chunk_rows,
     SLOTS,
     EXPERTS: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
+    WIDE: tl.constexpr,
     FILL: tl.constexpr,
     STEP: tl.constexpr,
     PDL: tl.constexpr,
@@ -302,16 +331,16 @@ def scatter_kernel(
         FILL,
         chunk_rows,
     )
-    if pair_first is not None:
+    if wide_first is not None:
         _fill_map(
-            pair_first,
+            wide_first,
             offsets,
-            pair_expert,
-            pair_row,
-            pairs,
+            wide_expert,
+            wide_row,
+            wides,
             start,
             EXPERTS,
             BINS,
             FILL,
-            2 * TILE,
+            WIDE,
         )

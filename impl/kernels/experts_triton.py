@@ -301,9 +301,9 @@ def forward(problem: Problem, plan: Plan | None = None) -> tuple[Tensor, list[An
 
         experts_compile_triton.compile_once(problem, plan)
     p, lora = problem, problem.lora
-    pairs = plan.native is not None and plan.native.cluster == 2
+    cluster = 1 if plan.native is None else plan.native.cluster
     index, weights = p.index.contiguous(), p.weights.contiguous()
-    routing = route(index, weights, p.experts, plan.rows, plan.chunk, pairs=pairs)
+    routing = route(index, weights, p.experts, plan.rows, plan.chunk, cluster=cluster)
     run = Run(p, plan, routing)
     b_up = run.swap_b(lora.gate_up_b, p.rank_up, run.rp_up)
     b_down = run.swap_b(lora.down_b, p.rank_down, run.rp_down)

@@ -22,7 +22,7 @@ def check_routing(tokens: int, top_k: int, experts: int) -> None:
     """Order, positions, offsets and all maps agree with a stable sort."""
     index = torch.randint(0, experts + 1, (tokens, top_k))
     weights = torch.rand(tokens, top_k)
-    got = route(index, weights, experts, 32, 64, pairs=True)
+    got = route(index, weights, experts, 32, 64, cluster=3)
     flat = index.flatten()
     order = torch.argsort(flat, stable=True)[: int((flat < experts).sum())]
     counts = torch.bincount(flat, minlength=experts + 1)[:experts]
@@ -37,7 +37,7 @@ def check_routing(tokens: int, top_k: int, experts: int) -> None:
     for size, least, experts_of, rows_of in (
         (32, 0, got.tile_expert, got.tile_row),
         (64, 1, got.chunk_expert, got.chunk_row),
-        (64, 0, got.pair_expert, got.pair_row),
+        (96, 0, got.wide_expert, got.wide_row),
     ):
         wanted = [
             (e, int(offsets[e]) + size * n)
