@@ -135,7 +135,9 @@ class Implementation(Protocol):
 
         options, all optional: lora_targets (a PEFT spec: "all-linear", a list of names, a regex),
         lora_target_parameters (full paths), lora_r, lora_alpha, lora_dropout, use_rslora,
+        rank_pattern and alpha_pattern (a pattern of names, as PEFT matches it, to a number),
         modules_to_save, freeze_mm_modules, auxiliary_loss (asks for the router's loss),
+        attn_implementation (a name of transformers', such as "flash_attention_2"),
         experts_implementation (a name of transformers', such as "sonicmoe"), and for `chat`
         train_on_inputs, roles_to_train, train_on_eos ("turn", "all", "last", "none").
         """

@@ -174,6 +174,13 @@ _ROWS = (
     Tolerance("logits/decoded", 2e-5, 3.8e-6, "float32, token by token; worst is gemma4-e4b"),
     Tolerance("logits/decoded/linear-attention", 5e-5, 1.4e-5, "float32, qwen3_next"),
     Tolerance("router/weights", 1e-6, 2.3e-7, "float32 router against float64; gemma4-moe"),
+    Tolerance("rule/float32", 3e-6, 6.1e-7, "float32 delta rule against float64; qwen3_5_moe-text"),
+    Tolerance(
+        "memory/copies on a CPU",
+        0.25,
+        0.084,
+        "share by which offloaded copies exceed what they replace, views of one storage; mixtral",
+    ),
     Tolerance("experts/float32", 2e-6, 5.1e-7, "float32 experts against the float64 loop"),
     Tolerance("gradients/head", 1e-6, 2.2e-7, "float32 loss against float64 cross-entropy"),
     Tolerance("gradients/rescaled", 1e-5, 3.9e-6, "float32, another divisor; qwen3_5_moe"),

@@ -236,7 +236,8 @@ class Offloader:
         """Called by autograd for what it saves; the same view of the same content is stashed
         once."""
         if not self.eligible(tensor):
-            return tensor
+            # a node whose backward never runs would hold its own output, which holds the node
+            return tensor if tensor.grad_fn is None else tensor.detach()
         storage = tensor.untyped_storage()
         place = (storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
         key = (*place, tensor.dtype, tensor._version)

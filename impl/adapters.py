@@ -16,6 +16,7 @@ from .errors import Refused
 from .freeze import frozen_components
 from .model_facts import expert_modules, unwrap
 from .training_plan import LoraPlan, TrainingPlan
+from .training_plan import names as pattern_names
 
 ADAPTER = "default"
 _EXPERT_LEAVES = re.compile(
@@ -132,9 +133,12 @@ def peft_config(model: nn.Module, plan: TrainingPlan) -> Any:
     _refuse_frozen(model, plan, names)
     _refuse_packed(model, lora, names)
     _refuse_absent_parameters(model, lora)
+    _refuse_idle_patterns(lora, names)
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
         use_rslora=lora.rslora,
         lora_dropout=0.0,  # parameter adapters take none, and one spelling serves both
         bias="none",
@@ -205,6 +209,16 @@ def _refuse_absent_parameters(model: nn.Module, lora: LoraPlan) -> None:
                 f"LoRA target_parameters {target!r} matches no parameter of"
                 f" {type(model).__name__}; it has no routed experts of that name"
             )
+
+
+def _refuse_idle_patterns(lora: LoraPlan, adapted: Iterable[str]) -> None:
+    """Refused: a pattern of ranks or alphas that names nothing which is adapted, of which PEFT says
+    nothing."""
+    known = [*adapted, *lora.target_parameters]
+    for kind, patterns in (("rank", lora.rank_pattern), ("alpha", lora.alpha_pattern)):
+        for pattern in patterns:
+            if not any(pattern_names(pattern, name) for name in known):
+                raise Refused(f"LoRA {kind} pattern {pattern!r} names nothing that is adapted")
 
 
 def _warn_of_missed_experts(model: nn.Module, lora: LoraPlan) -> None:

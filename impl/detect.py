@@ -54,6 +54,7 @@ def _from_fields(fields: read.Fields, text: read.Fields, sizes: dict[str, int]) 
         vocab_size=sizes["vocab_size"],
         heads=sizes.get("num_attention_heads", 1),
         kv_heads=read.kv_head_counts(fields, text),
+        head_width=read.head_width(text, sizes),
         layer_types=types,
         vision=vision,
         audio=audio,

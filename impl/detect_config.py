@@ -259,3 +259,16 @@ def has_part(fields: Fields, word: str) -> bool:
         word in key and key.endswith("config") and isinstance(value, Mapping) and bool(value)
         for key, value in fields.items()
     )
+
+
+def head_width(text: Fields, sizes: Mapping[str, int]) -> int:
+    """The width of the widest attention head: gemma4's full-attention layers have their own."""
+    own = text.get("per_layer_config")
+    layers = [v for v in own.values() if isinstance(v, Mapping)] if isinstance(own, Mapping) else []
+    named = [
+        value
+        for part in (text, *layers)
+        for key, value in part.items()
+        if key.endswith("head_dim") and not key.startswith("linear_") and isinstance(value, int)
+    ]
+    return max(named, default=sizes["hidden_size"] // sizes.get("num_attention_heads", 1))

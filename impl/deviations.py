@@ -71,11 +71,12 @@ ROWS: tuple[Deviation, ...] = (
         "reentrant",
         "gradient_checkpointing_kwargs",
         "use_reentrant: false, since shared per-layer norms are 'marked ready twice'",
-        "false where keys and values are shared (also over an explicit true), where DDP looks for"
-        " unused parameters, and for every multimodal class; an explicit true is kept elsewhere",
+        "false where keys and values are shared (also over an explicit true), where the auxiliary"
+        " loss is on, where DDP looks for unused parameters, and for every multimodal class; an"
+        " explicit true is kept elsewhere",
         "norms are not the cause: reentrant, 0 of 101 parameters off with no shared layer, 56 of 95"
         " with 2 (relative error 0.28–1.1, the loss equal); 'ready twice' needs"
-        " find_unused_parameters",
+        " find_unused_parameters; router logits come without history (check R04)",
         "families.md §1 row 5; live-defects.md L1; parallel.md §3, §4",
     ),
     Deviation(

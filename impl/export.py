@@ -90,6 +90,8 @@ def _lora(plan: TrainingPlan) -> dict[str, Any]:
     return {
         "r": lora.r,
         "lora_alpha": lora.alpha,
+        **({"rank_pattern": dict(lora.rank_pattern)} if lora.rank_pattern else {}),
+        **({"alpha_pattern": dict(lora.alpha_pattern)} if lora.alpha_pattern else {}),
         "lora_dropout": lora.dropout,
         "use_rslora": lora.rslora,
         "target_modules": lora.target_modules or [],

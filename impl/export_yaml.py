@@ -22,6 +22,8 @@ _NOT_KEYS = frozenset(
         "dp_replicate_size",
         "roles_to_train",
         "train_on_eos",
+        "lora_rank_pattern",
+        "lora_alpha_pattern",
     }
 )
 # Keys that a plugin brings: left out when they say no.

@@ -7,6 +7,7 @@ from typing import Any
 
 from .errors import ConfigError, Refused
 from .plan_draft import Draft
+from .plan_loss import takes_auxiliary_loss
 
 OFFLOAD = {"off": None, "on": True, "legacy": "legacy", "disk": "disk"}
 MODES = (True, False, "legacy", "disk", "hidden_states")
@@ -95,6 +96,11 @@ def _why_not_reentrant(draft: Draft) -> tuple[str, str | None]:
             f"layers from {first} on reuse keys and values of earlier layers: reentrant"
             " checkpointing detaches them and gives wrong gradients with the right loss, on one"
             " device too"
+        ), "reentrant"
+    if takes_auxiliary_loss(draft):
+        return (
+            "the auxiliary loss is taken of router logits that the first reentrant pass records"
+            " without their history: it would be in the loss and in no gradient"
         ), "reentrant"
     if draft.find_unused:
         return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from .errors import ConfigError, Refused
@@ -50,6 +51,8 @@ def decide_lora(draft: Draft) -> LoraPlan | None:
         modules_to_save=saved,
         quantize_4bit=quantized,
         dropout=dropout,
+        rank_pattern=_pattern(draft, "lora_rank_pattern"),
+        alpha_pattern=_pattern(draft, "lora_alpha_pattern"),
     )
 
 
@@ -300,6 +303,21 @@ def _rank(draft: Draft) -> tuple[int, int]:
     return r, alpha
 
 
+def _pattern(draft: Draft, name: str) -> dict[str, int]:
+    """A rank or alpha of their own for what a pattern names; ConfigError for one that is none."""
+    asked: Mapping[str, Any] = draft.wish(name, {})
+    for pattern, value in asked.items():
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"plan: {name}: {pattern} is {value!r}; it must be a positive number")
+        try:
+            re.compile(str(pattern))
+        except re.error as error:
+            raise ConfigError(f"plan: {name}: {pattern!r} is no regex: {error}") from None
+    if asked:
+        draft.decide(name, dict(asked), "as asked for; axolotl has no key for it")
+    return {str(pattern): value for pattern, value in asked.items()}
+
+
 def _dropout(draft: Draft, parameters: tuple[str, ...]) -> float:
     value = float(draft.wish("lora_dropout", 0.0))
     if not 0.0 <= value < 1.0:
@@ -324,9 +342,10 @@ def trainable(traits: Traits, plan: LoraPlan) -> int:
     for linear in traits.cls.linears:
         name = f"{traits.layers}.0.{linear.name}"
         if plan.target_modules and re.fullmatch(plan.target_modules, name):
-            count += plan.r * (linear.inputs + linear.outputs) * linear.count
+            count += plan.rank_of(name) * (linear.inputs + linear.outputs) * linear.count
     experts = traits.experts
     if experts and plan.target_parameters:
         width = traits.hidden_size + experts.width
-        count += len(plan.target_parameters) * len(experts.layers) * experts.num * plan.r * width
+        ranks = sum(plan.rank_of(name) for name in plan.target_parameters)
+        count += ranks * len(experts.layers) * experts.num * width
     return count

@@ -8,6 +8,14 @@ from .plan_draft import Draft
 CUT_CROSS_ENTROPY = "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"
 
 
+def takes_auxiliary_loss(draft: Draft) -> bool:
+    """Whether the class's load-balancing loss is asked for, by the user or the config, and is
+    there."""
+    experts, asked = draft.traits.experts, draft.wish("auxiliary_loss")
+    wanted = bool(draft.traits.wants_auxiliary_loss if asked is None else asked)
+    return wanted and experts is not None and experts.auxiliary_loss
+
+
 def decide_auxiliary_loss(draft: Draft) -> bool:
     """`output_router_logits`: only where the class turns it into a loss (L10); Refused
     elsewhere.
@@ -24,7 +32,7 @@ def decide_auxiliary_loss(draft: Draft) -> bool:
     wanted = bool(draft.traits.wants_auxiliary_loss if asked is None else asked)
     if wanted and not available:
         draft.warn("output_router_logits in the config is ignored: the class has no auxiliary loss")
-    value = wanted and available
+    value = takes_auxiliary_loss(draft)
     if experts is None:
         draft.decide("output_router_logits", None, "no experts")
     elif not available:

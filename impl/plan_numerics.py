@@ -8,6 +8,7 @@ from .errors import ConfigError, Refused
 from .plan_draft import Draft
 
 DTYPES = ("float32", "bfloat16", "float64")
+FLASH_WIDTH = 256  # the widest head of FlashAttention 2 and 3 (Dao-AILab/flash-attention#2427)
 THRESHOLD = 1.3  # the specification's example; families.md §1.1
 
 
@@ -25,13 +26,20 @@ def decide_dtype(draft: Draft) -> str:
 
 
 def decide_attention(draft: Draft) -> str:
-    """`attn_implementation`: sdpa where the class has it, else eager."""
+    """`attn_implementation`: sdpa where the class has it, else eager; Refused for FlashAttention
+    on heads that it does not take: transformers accepts it and the first forward fails."""
     known = draft.traits.cls.attention if draft.traits.cls else ("sdpa", "eager")
     asked = draft.wish("attn_implementation")
     if asked is not None:
         stock = asked in ("sdpa", "flash_attention_2", "flex_attention")
         if draft.traits.cls and stock and asked not in known:
             raise Refused(f"attn_implementation: {draft.traits.cls.name} has no {asked}")
+        width = draft.traits.head_width
+        if asked.startswith("flash_attention") and width > FLASH_WIDTH:
+            raise Refused(
+                f"attn_implementation: {asked} takes heads of at most {FLASH_WIDTH}, and this"
+                f" model's widest have {width}; use sdpa"
+            )
         return str(draft.decide("attn_implementation", asked, "as asked for"))
     value = "sdpa" if "sdpa" in known else "eager"
     reason = "the default of transformers" if value == "sdpa" else "the class has no sdpa form"

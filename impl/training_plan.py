@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -42,11 +43,17 @@ class Decision:
     deviation: str | None = None
 
 
+def names(pattern: str, name: str) -> bool:
+    """Whether a pattern of ranks or alphas names a module or weight, by PEFT's rule."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
 @dataclass(frozen=True)
 class LoraPlan:
     """What is adapted. target_modules: a PEFT regex (full match) or None; target_parameters:
     suffixes of 3-D expert weights; exclude: why each left-out module is left out; dropout: of the
-    adapters.
+    adapters. rank_pattern, alpha_pattern: a pattern of names (a regex after a dot, as PEFT matches
+    it) → r or alpha of what it names.
     """
 
     target_modules: str | None
@@ -58,6 +65,13 @@ class LoraPlan:
     modules_to_save: tuple[str, ...] = ()
     quantize_4bit: bool = False
     dropout: float = 0.0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, int] = field(default_factory=dict)
+
+    def rank_of(self, name: str) -> int:
+        """The rank of the adapter on a module or weight of this full name."""
+        found = (n for p, n in self.rank_pattern.items() if names(p, name))
+        return next(found, self.r)
 
 
 @dataclass(frozen=True)

@@ -120,8 +120,9 @@ class Traits:
     sliding layers, or None. kv_source: consumer layer → producer layer of shared keys and values.
     bidirectional: "" or the layers that see image blocks both ways ("all", "sliding").
     per_layer_inputs: their width, 0 for none. kv_heads: every number of key/value heads that
-    occurs. logit_scale: the config field that scales the logits, if any. type_ids: the forward
-    argument that marks image tokens, if any. notes: what could not be found out, and why.
+    occurs. head_width: of the widest attention head. logit_scale: the config field that scales the
+    logits, if any. type_ids: the forward argument that marks image tokens, if any. notes: what
+    could not be found out, and why.
     """
 
     model_type: str
@@ -142,6 +143,7 @@ class Traits:
     tied_embeddings: bool = False
     softcap: float | None = None
     attention_softcap: float | None = None
+    head_width: int = 0
     logit_scale: str = ""
     bidirectional: str = ""
     attention_k_eq_v: bool = False

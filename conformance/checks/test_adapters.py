@@ -182,6 +182,43 @@ def expected_merges(
     return found
 
 
+@check(
+    "P11", needs=("plan", "prepare"), settings=("lora-experts",), dealt=("lora-experts+kernels",)
+)
+def test_rank_and_alpha_patterns_on_fused_weights(
+    case: Case, subject: Subject, measured: Measured
+) -> None:
+    """A rank and an alpha of their own for one expert weight act there, and nowhere else.
+
+    https://github.com/huggingface/peft/issues/3083
+    """
+    name = "experts.gate_up_proj"
+    patterns = {"rank_pattern": {name: 5}, "alpha_pattern": {name: 20}}
+    options = {"lora_r": 3, "lora_alpha": 6, **patterns}
+    try:
+        model = subject.model(options=options)
+    except subject.refusals:
+        measured["declined"] = 1.0
+        return
+    batch, base = subject.batch(), subject.model(tuning="full")
+    before = subject.eval_logits(base, batch)
+    factors = {n: p.detach().clone() for n, p in adapters(model).items()}
+    weights = dict(base.named_parameters())
+    for weight_name, weight, a, b in expected_merges(factors, weights):
+        special = weight_name.endswith(name)
+        count = weight.shape[0] if weight.dim() == 3 else 1
+        rank, alpha = (5, 20) if special else (3, 6)
+        measured[f"rank of {weight_name}"] = a.shape[0] / count
+        assert a.shape[0] == rank * count == b.shape[1], (
+            f"{case.id}: {weight_name}: rank {a.shape[0] / count:g}, asked for {rank}"
+        )
+        weight.data = merged(weight.detach(), a, b, scaling(alpha, rank))
+    want = subject.eval_logits(base, batch)
+    assert_differs(case.id, "adapter", want, before, {})
+    row = tolerance("logits/merged", subject.numerics)
+    assert_close(case.id, "logits", subject.eval_logits(model, batch), want, row, measured)
+
+
 @check("P08", needs=("prepare",), settings=LORA)
 def test_two_adapters(case: Case, subject: Subject, measured: Measured) -> None:
     """Of two adapters the active one acts; disabling gives the base; deleting gives the first.

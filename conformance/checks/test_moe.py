@@ -145,6 +145,45 @@ def test_auxiliary_loss_is_wired(case: Case, subject: Subject, measured: Measure
         assert (moved > 1e-3) == (coefficient > 0), f"{case.id}: router gradients moved {moved:.3g}"
 
 
+def captured(model: torch.nn.Module, batch: Batch) -> tuple[Any, dict[str, Routed]]:
+    """The router logits that a training forward returns, and what each router said in it."""
+    with watched_routers(model) as seen:
+        out: Any = model(**without_labels(batch), output_router_logits=True, use_cache=False)
+    return out.router_logits, seen
+
+
+@check(
+    "R04",
+    needs=("prepare",),
+    traits=("moe",),
+    settings=("-", "lora-experts"),
+    dealt=("kernels", "lora+ckpt-nonreentrant", "packed", "ckpt-reentrant"),
+)
+def test_router_logits_are_captured(case: Case, subject: Subject, measured: Measured) -> None:
+    """Asked for router logits, a training forward returns those of every MoE layer, in their order.
+
+    https://github.com/unslothai/unsloth/pull/4812
+    """
+    lossy = "auxiliary_loss" in subject.model_spec.traits
+    model = subject.model(options={"auxiliary_loss": True} if lossy else None)
+    logits, seen = captured(model, subject.batch())
+    layers = measured["MoE layers"] = len(experts_of(model))
+    assert layers == len(seen) > 0, f"{case.id}: {len(seen)} routers ran in {layers} MoE layers"
+    found = measured["captured"] = len(logits or ())
+    assert found == layers, f"{case.id}: router logits of {found} layers, there are {layers}"
+    for number, (name, said) in enumerate(seen.items()):
+        assert_equal(case.id, name, logits[number], said.scores, measured)
+    if not lossy:
+        return  # no loss is taken of them
+    weights = [p for n, p in model.named_parameters() if p.requires_grad]
+    total = torch.stack([layer.float().square().sum() for layer in logits]).sum()
+    assert total.requires_grad, (
+        f"{case.id}: router logits without history: their loss trains nothing"
+    )
+    reached = [g for g in torch.autograd.grad(total, weights, allow_unused=True) if g is not None]
+    assert any(g.any() for g in reached), f"{case.id}: no gradient flows through router logits"
+
+
 @check("R05", needs=("prepare", "collate", "loss"), traits=AUXILIARY, settings=("-", "kernels"))
 def test_auxiliary_scale_is_invariant(case: Case, subject: Subject, measured: Measured) -> None:
     """The share of the auxiliary loss does not grow with micro-batches, nor with padding.

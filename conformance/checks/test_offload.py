@@ -13,6 +13,7 @@ from conformance.case import Case
 from conformance.check import check
 from conformance.numerics import assert_close_gradients, assert_equal
 from conformance.observe import Step
+from conformance.storage_watch import StorageWatch
 from conformance.subject import Subject
 from conformance.tolerances import tolerance
 
@@ -121,6 +122,63 @@ def test_streams_do_not_race(case: Case, subject: Subject, measured: Measured) -
         assert_close_gradients(
             case.id, got.gradients, want.gradients, row, measured, f"step {number}"
         )
+
+
+def forgotten(subject: Subject, model: nn.Module, batch: dict[str, Any]) -> tuple[int, int, int]:
+    """Bytes that a second step holds after its forward, at its peak (on a GPU), and at its end
+    beside the gradients: of the allocator on a GPU, of storages on a CPU."""
+    subject.step(model, batch)  # what is made once is there now
+    model.zero_grad(set_to_none=True)
+    if subject.device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        loss = subject.loss(model, batch)
+        held = torch.cuda.memory_allocated() - start
+        loss.backward()
+        del loss
+        model.zero_grad(set_to_none=True)
+        peak, end = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+        return held, peak - start, end - start
+    with StorageWatch() as watch:
+        loss = subject.loss(model, batch)
+        held = watch.alive()
+        loss.backward()
+        del loss
+    model.zero_grad(set_to_none=True)
+    return held, held, watch.alive()
+
+
+@check(
+    "O05",
+    needs=("plan", "prepare", "loss"),
+    any_of=("moe", "linear_attention"),
+    settings=("offload",),
+    dealt=("offload-disk", "offload-legacy", "ckpt-nonreentrant+offload-hidden_states"),
+)
+def test_offloading_frees_memory(case: Case, subject: Subject, measured: Measured) -> None:
+    """What is offloaded leaves the device, and nothing of a step is held when it is over.
+
+    On a CPU the copies count too: no more than training without it holds, and on disk far less.
+
+    https://github.com/axolotl-ai-cloud/axolotl/pull/3649
+    """
+    batch = subject.batch()
+    if subject.device == "cuda":  # so many rows that activations, not weights, are what is held
+        batch = {k: v.repeat(32, *[1] * (v.dim() - 1)) for k, v in batch.items()}
+    plain = forgotten(subject, subject.model(offload="off"), batch)
+    held, peak, end = forgotten(subject, subject.model(), batch)
+    measured |= {"held": held / plain[0], "peak": peak / plain[1], "left": end}
+    assert plain[0] > 0 and plain[2] == 0, f"{case.id}: {plain} without offloading"
+    assert end == 0, f"{case.id}: {end} bytes of the step are held after it, tolerance 0"
+    layers = case.setting.offload == "hidden_states"
+    if subject.device == "cuda":
+        assert held < plain[0] and peak < plain[1], f"{case.id}: holds {held, peak} of {plain}"
+    elif case.setting.offload == "disk":
+        assert held < plain[0] / 2, f"{case.id}: {held} of {plain[0]} bytes stay in memory"
+    else:  # a copy of a view may be larger than the view, where the storage is kept for another
+        limit = plain[0] * (1.0 if layers else 1.0 + tolerance("memory/copies on a CPU").limit)
+        assert held <= limit, f"{case.id}: {held} bytes held, {plain[0]} without offloading"
 
 
 @check(

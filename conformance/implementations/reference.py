@@ -24,6 +24,8 @@ _WISHES = {
     "lora_targets": "lora_target_modules",
     "modules_to_save": "lora_modules_to_save",
     "use_rslora": "peft_use_rslora",
+    "rank_pattern": "lora_rank_pattern",
+    "alpha_pattern": "lora_alpha_pattern",
 }
 
 FSDP1_ADAPTERS = Exclusion(

@@ -136,6 +136,8 @@ class StockTransformers:
             else [],
             "sample_packing": setting.batch == "packed",
         }
+        if "attn_implementation" in options:
+            values["attn_implementation"] = options["attn_implementation"]
         decisions = {name: StockDecision(value) for name, value in values.items()}
         if strategy != "single":
             decisions.update(self._spreading(config, setting, strategy, options))
@@ -183,6 +185,8 @@ class StockTransformers:
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_compute_dtype=options["dtype"],
             )
+        if "attn_implementation" in plan.options:
+            options["attn_implementation"] = plan.options["attn_implementation"]
         options.update(spread.sharding_options(plan, spread.ranks()))
         return model_class.from_pretrained(path, **options)
 
@@ -190,7 +194,8 @@ class StockTransformers:
         """What `build` reads of a plan; None where transformers shards while loading."""
         if plan.strategy in spread.SHARDED_WHILE_LOADING:
             return None
-        return (plan.setting.dtype, plan.setting.tuning == "qlora")
+        attention = plan.options.get("attn_implementation")
+        return (plan.setting.dtype, plan.setting.tuning == "qlora", attention)
 
     def prepare(self, model: Any, plan: StockPlan) -> Any:
         """Checkpointing by the model's own switch, adapters by PEFT, no cache (as Trainer does)."""
@@ -210,6 +215,8 @@ class StockTransformers:
         config = peft.LoraConfig(
             r=plan.options.get("lora_r", 4),
             lora_alpha=plan.options.get("lora_alpha", 8),
+            rank_pattern=plan.options.get("rank_pattern", {}),
+            alpha_pattern=plan.options.get("alpha_pattern", {}),
             lora_dropout=plan.options.get("lora_dropout", 0.0),
             use_rslora=plan.options.get("use_rslora", False),
             target_modules=plan.decisions["lora_target_modules"].value,

@@ -107,6 +107,8 @@ def linear_cross_entropy(
     return loss.view(labels.shape) if per_token else loss
 
 
+# traced, the chunks' host decisions would be thirty graphs, some anew for each batch
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def causal_lm_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,

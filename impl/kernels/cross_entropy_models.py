@@ -203,7 +203,7 @@ def _intercepted(
     def loss_function(*args: Any, **kw: Any) -> torch.Tensor:
         logits = args[0] if args else kw["logits"]
         if isinstance(logits, _Deferred):
-            taken = logits.take()
+            taken: torch.Tensor | None = logits.take()
             if taken is not None:
                 return taken
             logits = logits.materialise("its logits do not pass through the expected softcap")
@@ -245,6 +245,7 @@ class _Deferred:
         steps = (*self._steps, (kind, value))
         return _Deferred(self._loss, self._compute, self._softcap, self._enabled, steps)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # guards on the count: compiled anew
     def take(self) -> torch.Tensor | None:
         """The loss, if the model did to its logits exactly what the loss contains."""
         cap = self._softcap

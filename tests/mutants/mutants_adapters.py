@@ -223,3 +223,37 @@ def the_proxy_of_an_adapter_stays(patch: pytest.MonkeyPatch) -> None:
 def dropout_is_taken_and_not_applied(patch: pytest.MonkeyPatch) -> None:
     """Dropout on adapters of expert weights is accepted, and nothing applies it."""
     around(patch, "impl.plan_lora:_dropout", lambda original: lambda draft, names: 0.0)
+
+
+@mutant(
+    "b102",
+    case="P11/mixtral/lora-experts/single",
+    issue="https://github.com/huggingface/peft/issues/3083",
+)
+def the_pattern_misses_fused_weights(patch: pytest.MonkeyPatch) -> None:
+    """A rank pattern is matched with modules only: the expert weight gets the common rank."""
+    config_without(patch, "rank_pattern")
+
+
+@mutant(
+    "b102",
+    case="P11/mixtral/lora-experts+kernels/single",
+    issue="https://github.com/huggingface/peft/issues/3083",
+)
+def the_alpha_of_a_fused_weight_is_lost(patch: pytest.MonkeyPatch) -> None:
+    """An alpha pattern is dropped: the adapter has its rank and the common alpha."""
+    config_without(patch, "alpha_pattern")
+
+
+def config_without(patch: pytest.MonkeyPatch, name: str) -> None:
+    """PEFT's configurations without one of their patterns."""
+
+    def make(original: Any) -> Any:
+        def peft_config(*args: Any) -> Any:
+            config = original(*args)
+            setattr(config, name, {})
+            return config
+
+        return peft_config
+
+    around(patch, "impl.adapters:peft_config", make)
