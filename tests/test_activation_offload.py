@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from impl import activation_offload
 from impl.activation_offload import Keeper, Offloader, Stash, _keeper
@@ -139,7 +140,8 @@ def test_small_tensors_and_parameters_stay() -> None:
     offloader.learn(layer)
     small = torch.zeros(255)
     for tensor in (small, layer.weight, layer.weight.t(), layer.weight.detach()[1:]):
-        assert offloader.pack(tensor) is tensor
+        kept = offloader.pack(tensor)
+        assert kept.data_ptr() == tensor.data_ptr() and kept.stride() == tensor.stride()
     assert offloader.pack(torch.zeros(256)) is not small
 
 
@@ -158,6 +160,16 @@ def test_a_graph_that_is_dropped_frees_everything() -> None:
     del loss
     gc.collect()
     assert len(offloader._known) == 0
+
+
+def test_an_output_whose_backward_never_runs_is_freed() -> None:
+    """A small saved output is packed as an alias: as itself it would hold its own node."""
+    weight = torch.ones(4, requires_grad=True)
+    with Offloader(Counting()).context():
+        unused = weight.exp()
+    storage = StorageWeakRef(unused.untyped_storage())
+    del unused
+    assert storage.expired()
 
 
 def test_disk_is_left_clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

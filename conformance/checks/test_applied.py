@@ -87,8 +87,14 @@ def kept_logits(model: nn.Module, batch: Batch) -> Iterator[list[int]]:
 @check(
     "K02",
     needs=("plan", "prepare", "loss"),
-    settings=("kernels", "images"),
-    dealt=("-", "packed", "lora-experts+kernels", "lora-experts+ckpt-nonreentrant+kernels"),
+    settings=("kernels",),
+    dealt=(
+        "-",
+        "images",
+        "packed",
+        "lora-experts+kernels",
+        "lora-experts+ckpt-nonreentrant+kernels",
+    ),
 )
 def test_what_is_planned_is_applied(case: Case, subject: Subject, measured: Measured) -> None:
     """What the plan asks for runs in each layer that it is for, and nothing is left after `undo`.
@@ -210,7 +216,12 @@ def hinder(model: Any) -> None:
         unwrapped(model).loss_function = own_loss
 
 
-@check("K06", needs=("plan", "prepare", "loss"), settings=("kernels", "lora-experts+kernels"))
+@check(
+    "K06",
+    needs=("plan", "prepare", "loss"),
+    models=("gemma3-text", "mixtral", "qwen3_5_moe-text"),
+    settings=("kernels", "lora-experts+kernels"),
+)
 def test_a_fallback_is_announced(case: Case, subject: Subject, measured: Measured) -> None:
     """A kernel that was asked for and does not run is announced: a warning, a log or an error.
 

@@ -166,7 +166,7 @@ def test_fast_packages_are_right(
 ) -> None:
     """fla's rule and causal_conv1d, where they are installed, are the recurrent formula's.
 
-    https://github.com/axolotl-ai-cloud/axolotl/pull/3468 (one document, two packed ones)
+    https://github.com/axolotl-ai-cloud/axolotl/pull/3468: one document, and two packed ones
     """
     there = [name for name in PACKAGES if find_spec(name) is not None]
     if not there:
@@ -266,7 +266,7 @@ def head_widths(model: Model) -> list[int]:
     return list(dict.fromkeys([int(plain), int(text.get("global_head_dim") or plain)]))
 
 
-@check("K04", needs=("plan",), settings=("bf16",))
+@check("K04", needs=("plan",), settings=("bf16",), one_a_family=True)
 def test_attention_fits_its_heads(
     case: Case, subject: Subject, measured: Measured, unsupported: Any
 ) -> None:

@@ -157,7 +157,7 @@ def captured(model: torch.nn.Module, batch: Batch) -> tuple[Any, dict[str, Route
     needs=("prepare",),
     traits=("moe",),
     settings=("-", "lora-experts"),
-    dealt=("kernels", "lora+ckpt-nonreentrant", "packed", "ckpt-reentrant"),
+    dealt=("kernels", "lora+ckpt-nonreentrant", "ckpt-reentrant"),
 )
 def test_router_logits_are_captured(case: Case, subject: Subject, measured: Measured) -> None:
     """Asked for router logits, a training forward returns those of every MoE layer, in their order.

@@ -152,7 +152,7 @@ def forgotten(subject: Subject, model: nn.Module, batch: dict[str, Any]) -> tupl
 @check(
     "O05",
     needs=("plan", "prepare", "loss"),
-    any_of=("moe", "linear_attention"),
+    models=("mixtral", "qwen3_next"),
     settings=("offload",),
     dealt=("offload-disk", "offload-legacy", "ckpt-nonreentrant+offload-hidden_states"),
 )

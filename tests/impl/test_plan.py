@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from conformance.checkpoint import available, build_config
 from conformance.families import MODELS
+from conformance.fidelity import published_config
 from conformance.settings import DIMENSIONS, Setting
 from conformance.strategies import STRATEGIES
 from impl.deviations import BY_KEY
@@ -266,6 +267,38 @@ def test_packing() -> None:
     with pytest.raises(Refused, match="state along the row"):
         plan(transformers.FalconH1Config(), Setting.parse("packed"), "single")
     assert not make("mixtral", "packed", sample_packing=False).pack
+
+
+def test_heads_that_flash_attention_does_not_take() -> None:
+    """Refused where some layer's heads are wider than 256, as published Gemma 4's are."""
+    config = published_config(MODELS["gemma4-text"])
+    bf16, flash = Setting.parse("bf16"), {"attn_implementation": "flash_attention_2"}
+    with pytest.raises(Refused, match="at most 256, and this model's widest have 512"):
+        plan(config, bf16, "single", **flash)
+    narrow = plan(published_config(MODELS["mixtral"]), bf16, "single", **flash)
+    assert narrow.attn_implementation == "flash_attention_2"
+
+
+def test_reentrant_checkpoints_and_the_auxiliary_loss() -> None:
+    """The loss would have no gradient; without it the reentrant form is kept."""
+    reentrant = make("mixtral", "ckpt-reentrant")
+    assert reentrant.checkpointing == {"use_reentrant": True}
+    changed = make("mixtral", "ckpt-reentrant", auxiliary_loss=True)
+    assert changed.checkpointing == {"use_reentrant": False}
+    assert any("no gradient" in text for text in changed.warnings)
+
+
+def test_ranks_by_pattern() -> None:
+    """Patterns reach the LoRA plan and the count of what trains; nonsense is refused."""
+    names = {"lora_rank_pattern": {"experts.gate_up_proj": 8}}
+    chosen = make("mixtral", "lora-experts", **names)
+    assert chosen.lora is not None
+    assert chosen.lora.rank_of("model.layers.0.mlp.experts.gate_up_proj") == 8
+    assert chosen.lora.rank_of("model.layers.0.mlp.experts.down_proj") == chosen.lora.r
+    assert chosen["lora_rank_pattern"] == {"experts.gate_up_proj": 8}
+    for wrong in ({"experts": 0}, {"experts": "8"}, {"(": 8}):
+        with pytest.raises(ConfigError, match="lora_alpha_pattern"):
+            make("mixtral", "lora-experts", lora_alpha_pattern=wrong)
 
 
 def test_images() -> None:
