@@ -24,13 +24,15 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 class Place(NamedTuple):
     """A function and where it is found. owner: what holds it (a dict, or an object with
-    attributes); of: the module instance that alone uses it, None where many do."""
+    attributes); of: the module instance that alone uses it, None where many do; new: whether
+    nothing was there before."""
 
     owner: Any
     name: Any
     function: Any
     label: str
     of: nn.Module | None = None
+    new: bool = False
 
 
 def places(model: nn.Module) -> dict[Key, Place]:
@@ -106,7 +108,7 @@ def counted_experts(name: str | None) -> Iterator[Counter[int]]:
 def replaced(before: Mapping[Key, Place], after: Mapping[Key, Place]) -> list[Place]:
     """The places that hold another function now, or did not exist."""
     return [
-        place
+        place._replace(new=key not in before)
         for key, place in after.items()
         if key not in before or before[key].function is not place.function
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from conformance.numerics import assert_close_step
 from conformance.observe import Step
 from conformance.subject import Subject
 from conformance.tolerances import tolerance
+
+Act = Callable[[nn.Module, Batch], Step]
 
 
 class Compiled(NamedTuple):
@@ -31,7 +34,7 @@ def batches(subject: Subject) -> list[Batch]:
     return [{**first, "input_ids": torch.where(ids < spec.text_vocab, new, ids)} for new in moved]
 
 
-def compiled(subject: Subject, model: nn.Module, given: list[Batch]) -> Compiled:
+def compiled(subject: Subject, model: nn.Module, given: list[Batch], act: Act) -> Compiled:
     """Steps of the compiled model: on a CPU by autograd's tracing alone, on a GPU by inductor."""
     name = "inductor" if subject.device == "cuda" else "aot_eager"
     backend: Any = torch._dynamo.lookup_backend(name)  # type: ignore[no-untyped-call]
@@ -46,7 +49,7 @@ def compiled(subject: Subject, model: nn.Module, given: list[Batch]) -> Compiled
     try:
         wrapped: Any = torch.compile(model, backend=count)
         for batch in given:
-            steps.append(subject.step(wrapped, batch))
+            steps.append(act(wrapped, batch))
             counts.append(len(graphs))
     finally:
         torch._dynamo.reset()
@@ -61,7 +64,7 @@ def compare(
     model = subject.model(options=options)
     want = [subject.step(model, batch) for batch in given]
     assert want[0].loss != want[1].loss, f"{case.id}: the batches are alike"
-    got = compiled(subject, model, given)
+    got = compiled(subject, model, given, subject.step)
     measured |= {f"graphs after step {n}": count for n, count in enumerate(got.graphs, 1)}
     assert got.graphs[0] > 0, f"{case.id}: nothing was compiled"
     row = tolerance("gradients/settings", subject.numerics)
@@ -82,25 +85,18 @@ def test_compiled_equals_eager(case: Case, subject: Subject, measured: Measured)
     got, _ = compare(case, subject, measured, {"auxiliary_loss": True})
     stock = subject.stock("float32", "sdpa", "grouped_mm")
     text_config(stock).output_router_logits = True
-    plain = torch.compile(stock, backend=(backend := Counter()))
-    plain(**subject.batch(), use_cache=False)
-    torch._dynamo.reset()
-    measured["graphs of stock"] = backend.graphs
-    assert got.graphs[0] <= backend.graphs, (
-        f"{case.id}: {got.graphs[0]} graphs, the stock class has {backend.graphs}"
-    )
+    plainly(stock, subject.batch())  # what installs itself at the first forward is there
+    plain = compiled(subject, stock, batches(subject)[:1], plainly).graphs[0]
+    measured["graphs of stock"] = plain
+    limit = plain if plain == 1 else 2 * plain  # a hook may split what is in pieces once more
+    assert got.graphs[0] <= limit, f"{case.id}: {got.graphs[0]} graphs, limit {limit}"
 
 
-class Counter:
-    """A backend that counts graphs and runs them as they are."""
-
-    def __init__(self) -> None:
-        self.graphs = 0
-
-    def __call__(self, graph: Any, inputs: Any) -> Any:
-        """The graph itself."""
-        self.graphs += 1
-        return graph.forward
+def plainly(model: nn.Module, batch: Batch) -> Step:
+    """A step by the model's own loss."""
+    loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    return Step(loss=float(loss.detach()), gradients={})
 
 
 OPAQUE = (

@@ -74,7 +74,7 @@ MASKS = (
         f"{_AXOLOTL}/2449",
     ),
     *_each(
-        ("S03/*/*packed/single", "K02/qwen3*/packed/single", "K03/*/*packed/single"),
+        ("S03/*/*packed/single", "K02/qwen3_[5n]*/packed/single", "K03/*/*packed/single"),
         "L4: convolution and state of the recurrent layers take boundaries from kernel arguments"
         " only; restarting position ids leak across documents",
         f"{_TRANSFORMERS}/44717",

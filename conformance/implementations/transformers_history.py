@@ -31,7 +31,11 @@ _TEXT_NEEDS_TYPE_IDS = _until(
         *(f"{check}/{_TYPED}/*[!s]/single" for check in ("A0[45]", "L0[123678]", "M05", "N01")),
         *(f"{check}/{_TYPED}/*" for check in ("A09", "C07", "M01", "P09", "P13", "R07", "V01")),
         *(f"{check}/{_TYPED}/*" for check in ("R10", "S0[124]", "D02", "M0[269]", "X07")),
-        f"M04/{_TYPED}/-/single",
+        *(
+            f"{case}/single"
+            for case in (f"M04/{_TYPED}/-", f"K02/{_TYPED}/-", f"K02/{_TYPED}/packed")
+        ),
+        f"R04/{_TYPED}/*",
         f"L02/{_TYPED}/fp64+images/single",
         f"P05/{_TYPED}/lora[-/]*",
     ),
