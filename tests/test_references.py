@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from conformance.catalogue import checks
+
 ROOT = Path(__file__).parents[1]
 FACTS = ROOT / "docs" / "facts"
 CITED = re.compile(r"\b(families|checks|live-defects|bugs|parallel|kernels)\.md(?:\s+§(\d+))?")
@@ -37,3 +39,15 @@ def test_every_citation_leads_somewhere() -> None:
         lost += [f"{path}: {number}" for number in DEFECT.findall(text) if number not in known]
     assert count > 50, "the pattern finds no citations"
     assert not lost, lost
+
+
+BENCHMARKS = {"B01", "B02", "B05", "B06", "B07"}  # figures, never assertions (`bench_step`)
+
+
+@pytest.mark.skipif(not FACTS.is_dir(), reason="unavailable: the documents are not in this copy")
+def test_every_check_of_the_catalogue_is_there() -> None:
+    text = (FACTS / "checks.md").read_text("utf-8")
+    wanted = set(re.findall(r"^\| \*{0,2}([A-Z]\d\d)\b", text, re.M))
+    assert len(wanted) > 100, "the pattern finds no catalogue"
+    missing = wanted - set(checks()) - BENCHMARKS
+    assert not missing, sorted(missing)
