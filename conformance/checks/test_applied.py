@@ -88,13 +88,7 @@ def kept_logits(model: nn.Module, batch: Batch) -> Iterator[list[int]]:
     "K02",
     needs=("plan", "prepare", "loss"),
     settings=("kernels",),
-    dealt=(
-        "-",
-        "images",
-        "packed",
-        "lora-experts+kernels",
-        "lora-experts+ckpt-nonreentrant+kernels",
-    ),
+    dealt=("-", "images", "packed", "lora-experts+kernels"),
 )
 def test_what_is_planned_is_applied(case: Case, subject: Subject, measured: Measured) -> None:
     """What the plan asks for runs in each layer that it is for, and nothing is left after `undo`.

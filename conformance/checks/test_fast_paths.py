@@ -181,10 +181,8 @@ def test_fast_packages_are_right(
         documents = ids.tolist()
         if "fla" in there:
             given = [random(1, length, 2, 64) for _ in range(3)]
-            given += [
-                nn.functional.logsigmoid(random(1, length, 2)),
-                random(1, length, 2).sigmoid(),
-            ]
+            decay = nn.functional.logsigmoid(random(1, length, 2).float())
+            given += [decay, random(1, length, 2).sigmoid()]
             runs = [evidence(fla_rule(ids), given), *by_oracle(unit_rule(documents), given)]
             judge(case, f"fla {length}", runs, subject, measured)
         if "causal_conv1d" in there:

@@ -59,7 +59,7 @@ def a_closure_is_bound_late(patch: pytest.MonkeyPatch) -> None:
     around(patch, f"{SOFTMAX}:_in_float32", make)
 
 
-@mutant("b172", case="K02/gemma4-moe/images/single", issue=f"{PULL}/3405")
+@mutant("b172", case="K02/gemma4-moe/kernels/single", issue=f"{PULL}/3405")
 def one_layer_alone_is_patched(patch: pytest.MonkeyPatch) -> None:
     """The loop over the routers ends after the first."""
     every_router_is_patched(patch)
@@ -196,11 +196,11 @@ def compiled_code_is_another(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutant("generic-graphs", case="K21/mixtral/kernels/single", issue="kernels.md §3 (torch.compile)")
-def the_compiler_enters_the_fused_loss(patch: pytest.MonkeyPatch) -> None:
-    """Decisions on the host inside the fused loss become graphs of their own."""
+def a_count_is_compiled_in(patch: pytest.MonkeyPatch) -> None:
+    """The compiler guards on how often the loss was fused, and compiles anew when that changes."""
     around(
         patch,
-        f"{HEADS}:causal_lm_loss",
+        f"{HEADS}:_Deferred.take",
         lambda original: original._torchdynamo_orig_callable,
     )
 
