@@ -173,10 +173,11 @@ def test_offloading_frees_memory(case: Case, subject: Subject, measured: Measure
     assert end == 0, f"{case.id}: {end} bytes of the step are held after it, tolerance 0"
     layers = case.setting.offload == "hidden_states"
     if subject.device == "cuda":
-        assert held < plain[0], f"{case.id}: {held} of {plain[0]} bytes are held after the forward"
-        # a layer's own recomputation may be the peak, with or without the inputs of the others
-        falls = peak < plain[1] or (layers and peak == plain[1])
-        assert falls, f"{case.id}: the peak is {peak} bytes, {plain[1]} without offloading"
+        # The last layers' inputs stay until they are copied (trl: five), all that a tiny model may
+        # have; and a layer's own recomputation may be the peak, with them or without.
+        less = (held < plain[0], peak < plain[1])
+        same = layers and held <= plain[0] and peak <= plain[1]
+        assert all(less) or same, f"{case.id}: holds {held, peak} of {plain[:2]} bytes, no less"
     elif case.setting.offload == "disk":
         assert held < plain[0] / 2, f"{case.id}: {held} of {plain[0]} bytes stay in memory"
     else:  # a copy of a view may be larger than the view, where the storage is kept for another
