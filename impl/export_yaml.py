@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from .plan_numerics import FLASH_WIDTH
 from .training_plan import TrainingPlan
 
 # Decisions that are no key of axolotl's, or stand inside another one.
@@ -51,7 +52,7 @@ def to_axolotl(plan: TrainingPlan, base_model: str = "./model") -> dict[str, Any
         for name in ("dp_replicate_size", "dp_shard_size"):
             if plan.decisions[name].value and plan.strategy != "fsdp2":
                 config[name] = plan.decisions[name].value
-    if plan.strategy == "cp" and "flash_attention_2" in _attention(plan):
+    if _rings(plan):
         config["attn_implementation"] = "flash_attention_2"
     if plan.auxiliary_loss:
         config["overrides_of_model_config"] = {"output_router_logits": True}
@@ -68,14 +69,25 @@ def to_axolotl(plan: TrainingPlan, base_model: str = "./model") -> dict[str, Any
     return config
 
 
-def _attention(plan: TrainingPlan) -> tuple[str, ...]:
-    return plan.traits.cls.attention if plan.traits.cls else ()
+def _rings(plan: TrainingPlan) -> bool:
+    """Whether axolotl's schema wants FlashAttention where the reference has sdpa."""
+    known = plan.traits.cls.attention if plan.traits.cls else ()
+    return plan.strategy == "cp" and "flash_attention_2" in known
+
+
+def _cautions(plan: TrainingPlan) -> list[str]:
+    """What a reader of the file must know before it is run."""
+    width = plan.traits.head_width
+    if not _rings(plan) or width <= FLASH_WIDTH:
+        return list(plan.warnings)
+    says = f"axolotl cannot train this: {_RING.partition(',')[0]}, and heads of {width} are wider"
+    return [*plan.warnings, f"{says} than the {FLASH_WIDTH} that it takes; use another strategy"]
 
 
 def to_yaml(plan: TrainingPlan, base_model: str = "./model", reasons: bool = True) -> str:
     """`to_axolotl` as YAML; each decision under a comment that gives its reason."""
     lines = [f"# {plan.traits.model_type}, {plan.strategy}: fill in base_model, datasets, rates"]
-    for sentence in plan.warnings:
+    for sentence in _cautions(plan):
         lines += _comment(f"! {sentence}")
     for key, value in to_axolotl(plan, base_model).items():
         decision = plan.decisions.get(key)

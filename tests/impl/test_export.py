@@ -144,6 +144,15 @@ def test_expert_parallel_names_both_sizes() -> None:
     assert args == {"fsdp_size": 2, "ep_size": 2, "ep_implementation": "all_to_all"}
 
 
+def test_a_ring_that_cannot_take_the_heads_is_said() -> None:
+    """axolotl's context parallel is FlashAttention's, which ends at heads of 256."""
+    found = make("gemma4-moe", "-", "cp")
+    wide = dataclasses.replace(found, traits=dataclasses.replace(found.traits, head_width=512))
+    narrow = dataclasses.replace(found, traits=dataclasses.replace(found.traits, head_width=256))
+    assert "# ! axolotl cannot train this" in export.to_yaml(wide)
+    assert "cannot train" not in export.to_yaml(narrow)
+
+
 def test_deviations_are_complete() -> None:
     """Every row says what, why and on which versions; keys are unique and all in use."""
     for row in ROWS:
