@@ -1,8 +1,8 @@
 """Set before transformers is imported: no hub, one thread, no progress bars; cheap collections."""
 
+import atexit
 import gc
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,9 +23,26 @@ for _name, _value in {
 
 import conformance.torchvision_ops  # noqa: E402, F401
 
+gc.disable()  # the imports leave no garbage, and looking for it takes a third of their time
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Garbage is collected from here on; what is frozen stays so until the process ends."""
+    gc.enable()
+    atexit.register(_leave_in_a_hurry if hasattr(session.config, "workerinput") else gc.unfreeze)
+
+
+def _leave_in_a_hurry() -> None:
+    """A worker that everybody waits for does not walk its imports once more. Extension modules that
+    count what is left at the end would say so there, and nothing else is said that late."""
+    gc.freeze()
+    gc.disable()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
 
 @pytest.fixture(autouse=True, scope="module")
-def _imports_are_not_garbage(_thawed: None) -> None:
+def _imports_are_not_garbage() -> None:
     """Trainer collects garbage at each start: a quarter of a second while it walks the imports.
 
     Whole collections are rare: with nothing but the frozen in the oldest generation, Python would
@@ -49,10 +66,3 @@ def _kit(fixture: str) -> Any:
 
 
 kit, image_kit, sound_kit, video_kit = map(_kit, ("kit", "image_kit", "sound_kit", "video_kit"))
-
-
-@pytest.fixture(scope="session")
-def _thawed() -> Iterator[None]:
-    """What was frozen is collected at the end, as extension modules that count expect."""
-    yield
-    gc.unfreeze()
