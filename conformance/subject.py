@@ -13,7 +13,7 @@ from torch import nn
 from conformance import batches, checkpoint
 from conformance.case import Case, Model
 from conformance.implementation import Loaded
-from conformance.module_copy import copied
+from conformance.module_copy import Original
 from conformance.observe import Step
 from conformance.settings import Setting
 from conformance.weights import canonical_name, fill_adapters
@@ -21,7 +21,7 @@ from conformance.weights import canonical_name, fill_adapters
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float64")}
 
 # Models as built and, by a longer key, with their adapters: a copy costs a tenth of making one.
-_built: dict[tuple[Any, ...], nn.Module] = {}
+_built: dict[tuple[Any, ...], Original] = {}
 _asked: set[tuple[Any, ...]] = set()
 _KEPT = 256  # tiny models of a megabyte each
 _remembered: dict[tuple[Any, ...], Any] = {}
@@ -291,11 +291,11 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 def _keep(key: tuple[Any, ...], model: nn.Module) -> None:
     if len(_built) > _KEPT:
         _built.clear()
-    _built[key] = model
+    _built[key] = Original(model)
 
 
 def _copy(key: tuple[Any, ...]) -> nn.Module:
-    model: nn.Module = copied(_built[key])
+    model: nn.Module = _built[key].copy()
     return model
 
 

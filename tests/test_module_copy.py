@@ -24,6 +24,7 @@ class Net(nn.Module):
         self.again = self.norm
         self.heads = nn.MultiheadAttention(3, 1)  # has a __setstate__ of its own
         self.register_buffer("table", torch.arange(3.0), persistent=False)
+        self.register_buffer("view", self.table[1:], persistent=False)
         self.config = {"layers": [1, 2], "nested": {"dtype": torch.float64}}
         self.norm.register_forward_hook(self.count)
         self.calls = 0
@@ -51,6 +52,8 @@ def test_copy_is_equal_and_apart(copier: Any) -> None:
     assert [p.requires_grad for p in twin.parameters()] == [
         p.requires_grad for p in net.parameters()
     ]
+    twin.table[1] = 7.0
+    assert (float(net.view[0]), float(twin.view[0])) == (1.0, 7.0), "a view stays a view"
     twin.config["layers"].append(3)
     assert net.config["layers"] == [1, 2]
     with torch.no_grad():
