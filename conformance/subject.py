@@ -196,7 +196,7 @@ class Subject:
             self._prepared.append(model)
         if adapters:
             fill_adapters(model)
-        return model.train()
+        return model if _trains(model) else model.train()
 
     def stock(
         self, dtype: str = "float64", attn: str = "eager", experts: str = "eager"
@@ -286,6 +286,19 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
+
+
+def _trains(model: nn.Module) -> bool:
+    """Whether `model.train()` would change no module; what has a `train` of its own goes by that."""
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if "train" in vars(module):
+            continue
+        if not module.training:
+            return False
+        waiting.extend(child for child in module._modules.values() if child is not None)
+    return True
 
 
 def _keep(key: tuple[Any, ...], model: nn.Module) -> None:

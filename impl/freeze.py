@@ -13,12 +13,18 @@ def frozen_components(
     model: nn.Module, components: Sequence[str]
 ) -> Iterator[tuple[str, nn.Module]]:
     """The outermost modules whose path has one of the components (`vision_tower`, …)."""
-    wanted, found = set(components), ""
-    for name, module in model.named_modules():
-        inside = bool(found) and name.startswith(found)
-        if not inside and name.rpartition(".")[2] in wanted:
-            found = f"{name}."
+    wanted, seen = set(components), {id(model)}
+    waiting = [("", model)] if wanted else []
+    while waiting:
+        name, module = waiting.pop()
+        if name.rpartition(".")[2] in wanted:
             yield name, module
+            continue
+        prefix = f"{name}." if name else ""
+        for key, child in reversed(module._modules.items()):
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                waiting.append((prefix + key, child))
 
 
 def _stay_in_eval(self: nn.Module, mode: bool = True) -> nn.Module:

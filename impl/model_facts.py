@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
@@ -70,10 +73,16 @@ def shares_kv(model: nn.Module) -> bool:
 
 def type_id_name(model: nn.Module) -> str | None:
     """The forward argument that carries modalities, or None (a text model has none)."""
-    accepted = inspect.signature(type(unwrap(model)).forward).parameters
+    accepted = _parameters(type(unwrap(model)).forward)
     if "pixel_values" not in accepted:
         return None
     return next((name for name in TYPE_ID_NAMES if name in accepted), None)
+
+
+@cache
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    """A property of the code, read once."""
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def bidirectional_images(model: nn.Module) -> bool:
@@ -91,8 +100,30 @@ def bidirectional_images(model: nn.Module) -> bool:
     return getattr(text_config(model), "use_bidirectional_attention", None) == "vision"
 
 
-def every_module(model: nn.Module) -> Iterator[nn.Module]:
+_walks: ContextVar[dict[int, list[nn.Module]] | None] = ContextVar("walks", default=None)
+
+
+@contextmanager
+def walked_once() -> Iterator[None]:
+    """Inside, `every_module` goes through each model once: nothing there may change its modules."""
+    token = _walks.set({})
+    try:
+        yield
+    finally:
+        _walks.reset(token)
+
+
+def every_module(model: nn.Module) -> Iterable[nn.Module]:
     """What `model.modules()` gives, in its order, in a third of its time: no names are made."""
+    walks = _walks.get()
+    if walks is None:
+        return _walk(model)
+    if id(model) not in walks:
+        walks[id(model)] = list(_walk(model))
+    return walks[id(model)]
+
+
+def _walk(model: nn.Module) -> Iterator[nn.Module]:
     seen: set[int] = set()
     waiting = [model]
     while waiting:
@@ -101,30 +132,37 @@ def every_module(model: nn.Module) -> Iterator[nn.Module]:
             continue
         seen.add(id(module))
         yield module
-        waiting.extend(child for child in reversed(module._modules.values()) if child is not None)
+        if module._modules:
+            below = reversed(module._modules.values())
+            waiting.extend(child for child in below if child is not None)
 
 
 def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules that hold all experts in parameters of rank 3, with their names."""
     for name, module in model.named_modules():
-        shapes = [p.shape for p in module.parameters(recurse=False)]
-        for chain in getattr(module, "parametrizations", {}).values():
-            # a packed weight knows the shape that it expands to
-            shapes.append(getattr(chain[0], "shape", chain.original.shape))
-        if sum(len(shape) == 3 for shape in shapes) >= 2:
+        if _holds_experts(module):
             yield name, module
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    shapes = [p.shape for p in module._parameters.values() if p is not None]
+    chains: Any = module._modules.get("parametrizations")
+    for chain in chains.values() if chains is not None else ():
+        # a packed weight knows the shape that it expands to
+        shapes.append(getattr(chain[0], "shape", chain.original.shape))
+    return sum(len(shape) == 3 for shape in shapes) >= 2
 
 
 def is_moe(model: nn.Module) -> bool:
     """Whether the model routes tokens to experts."""
-    return next(expert_modules(unwrap(model)), None) is not None
+    return any(_holds_experts(module) for module in every_module(unwrap(model)))
 
 
 def gated_delta_layers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Pairs (decoder layer, its gated delta network), by the parameters such a network has."""
     for layer in every_module(unwrap(model)):
-        for child in layer.children():
-            if "conv1d" in child._modules and all(
+        for child in layer._modules.values():
+            if child is not None and "conv1d" in child._modules and all(
                 hasattr(child, part) for part in ("A_log", "dt_bias")
             ):
                 yield layer, child

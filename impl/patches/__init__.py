@@ -12,6 +12,7 @@ from typing import Protocol, cast
 
 from torch import nn
 
+from ..model_facts import walked_once
 from ..training_plan import TrainingPlan
 
 # In the order of application. Adding a patch: a file here and its name in this tuple.
@@ -61,7 +62,8 @@ def load(name: str) -> Patch:
 
 def applicable(model: nn.Module, plan: TrainingPlan) -> list[str]:
     """The names of the patches a model needs under a plan, in the order of application."""
-    return [name for name in NAMES if load(name).applies_to(model, plan)]
+    with walked_once():
+        return [name for name in NAMES if load(name).applies_to(model, plan)]
 
 
 def apply(model: nn.Module, plan: TrainingPlan, undo: list[Callable[[], None]]) -> None:

@@ -36,7 +36,7 @@ def why_not(modelling: str) -> str | None:
 
 def reads_cache_alone(attention: nn.Module) -> bool:
     """Whether an attention that consumes shared keys and values finds them in the cache only."""
-    if not getattr(attention, "is_kv_shared_layer", False):
+    if not vars(attention).get("is_kv_shared_layer", False):
         return False
     return _reads_marked(type(attention).forward)
 
