@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 _ATOMS = frozenset(
     {bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device}
@@ -39,20 +40,24 @@ class Original:
         """One more copy."""
         memo: dict[Any, Any] = {}
         for module, _, _ in self._parts:
-            memo[id(module)] = type(module).__new__(type(module))
+            kind = _unparametrized(module) or type(module)
+            memo[id(module)] = kind.__new__(kind)
         for module, empty, rest in self._parts:
             own = memo[id(module)].__dict__
             own.update(module.__dict__)
-            for name, kind in empty:
-                own[name] = kind()
+            for name, container in empty:
+                own[name] = container()
             for name in rest:
                 own[name] = _value(own[name], memo)
+        for module, _, _ in self._parts:
+            if _unparametrized(module):
+                _parametrize(memo[id(module)])
         return _value(self._model, memo)
 
 
 def _below(module: nn.Module, seen: set[int]) -> Iterator[nn.Module]:
     """The module and those below it that are copied attribute by attribute, each once."""
-    if id(module) not in seen and _is_plain(type(module)):
+    if id(module) not in seen and _is_plain(_unparametrized(module) or type(module)):
         seen.add(id(module))
         yield module
         for child in module._modules.values():
@@ -72,6 +77,25 @@ def _sorted(module: nn.Module) -> tuple[list[tuple[str, Any]], list[str]]:
         elif kind not in _ATOMS:
             rest.append(name)
     return empty, rest
+
+
+def _unparametrized(module: nn.Module) -> type[nn.Module] | None:
+    """The class of a parametrized module before it was, or None: torch gives each such module a
+    class of its own, which `deepcopy` shares, so that removing it from one breaks the other."""
+    if "parametrizations" not in module._modules:
+        return None
+    base: type[nn.Module] = type(module).__bases__[0]
+    return base
+
+
+def _parametrize(module: nn.Module) -> None:
+    """Give a copy, which has its parametrizations already, the class that goes with them."""
+    torch_own: Any = parametrize
+    torch_own._inject_new_class(module)
+    chains = module._modules["parametrizations"]
+    assert isinstance(chains, nn.ModuleDict)
+    for name in chains:
+        torch_own._inject_property(module, name)
 
 
 _plain: dict[type[nn.Module], bool] = {}
@@ -101,7 +125,11 @@ def _value(value: Any, memo: dict[Any, Any]) -> Any:
         return made
     if kind is torch.Tensor:
         return _tensor(value, memo)
-    return copy.deepcopy(value, memo)
+    made = copy.deepcopy(value, memo)
+    owner = getattr(made, "module", None) if isinstance(value, nn.Parameter) else None
+    if id(owner) in memo:  # a packed parameter of bitsandbytes knows the module that it is of
+        made.module = memo[id(owner)]
+    return made
 
 
 def _dict(value: dict[Any, Any], memo: dict[Any, Any]) -> dict[Any, Any]:

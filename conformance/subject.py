@@ -135,10 +135,7 @@ class Subject:
             else:
                 # as from_pretrained picks; eager gives NaN for a padded query in float64
                 model = checkpoint.build_stock(spec, DTYPES[setting.dtype], "sdpa")
-            model = model.to(self.device)
-            if setting.tuning == "qlora":  # copies of a parametrized module share its class
-                return model
-            _keep(key, model)
+            _keep(key, model.to(self.device))
         return _copy(key)
 
     def _build_key(self, plan: Any, setting: Setting) -> tuple[Any, ...]:
@@ -158,7 +155,7 @@ class Subject:
         `prepare` bare; from the second on they are copies of one that was prepared and undone.
         """
         adapter = getattr(self.impl, "adapter_key", lambda _: None)(plan)
-        if adapter is None or setting.tuning == "qlora":
+        if adapter is None:
             return self.built(plan, setting)
         key = (*self._build_key(plan, setting), adapter)
         if key not in _asked:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from conformance.module_copy import copied
 
@@ -67,3 +68,29 @@ def test_names_and_order_are_kept() -> None:
     assert [n for n, _ in twin.named_modules()] == [n for n, _ in net.named_modules()]
     assert list(twin.state_dict()) == list(net.state_dict())
     assert list(vars(twin)) == list(vars(net))
+
+
+class Doubled(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
+
+
+def test_a_parametrized_copy_has_a_class_of_its_own() -> None:
+    net = Net()
+    parametrize.register_parametrization(net.norm, "weight", Doubled())
+    twin = copied(net)
+    ids = torch.tensor([[0, 3, 1]])
+    assert torch.equal(net(ids), twin(ids))
+    assert type(twin.norm) is not type(net.norm)
+    assert twin.norm.parametrizations.weight.original is not net.norm.parametrizations.weight.original
+    with torch.no_grad():
+        twin.norm.parametrizations.weight.original.fill_(3.0)
+    with parametrize.cached():
+        assert float(twin.norm.weight[0]) == 6.0
+        assert float(net.norm.weight[0]) == 2.0, "what is cached is another's"
+    parametrize.remove_parametrizations(twin.norm, "weight")
+    assert type(twin.norm) is nn.LayerNorm
+    assert float(twin.norm.weight[0]) == 6.0
+    assert float(net.norm.weight[0]) == 2.0, "the other one is parametrized still"
