@@ -58,7 +58,7 @@ def test_one_batch_is_learnt_by_heart(case: Case, subject: Subject, measured: Me
     An invariant kept without a thread: whatever is detached, frozen or masked shows as a floor.
     """
     model, batch = subject.model(), subject.batch()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2, weight_decay=0.0)
     loss, steps = math.inf, 0
     while loss >= 0.1 and steps < 80:
         optimizer.zero_grad(set_to_none=True)
