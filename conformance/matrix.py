@@ -26,7 +26,9 @@ from conformance.strategies import STRATEGIES, Strategy
 
 Row = tuple[str, Setting]  # a model's name and a setting
 
-# Delicate combinations that history names, asked wherever they apply, besides the pairs.
+# Delicate combinations that history names, asked wherever they apply, besides the pairs; in a family
+# of more than two models each of one model in turn, from the third on, which shares keys and values
+# in gemma4 (M05, S01 and O01 deal them too, and the full matrix asks them of every model).
 BY_HAND: tuple[str, ...] = (
     "lora+ckpt-reentrant",
     "lora+ckpt-nonreentrant+packed",
@@ -54,7 +56,7 @@ def covering_settings(
     """Settings for each model of a family, by name, greedily and deterministically.
 
     Every pair of values of two dimensions, and of a dimension and a model, occurs in the family;
-    each model has the default setting and every combination of `BY_HAND` that applies to it.
+    each model has the default setting, and those of `BY_HAND` as said there.
     by_model: False for pairs of two dimensions only, and the default setting.
     full: the whole product instead.
     """
@@ -68,10 +70,20 @@ def covering_settings(
     ]
     rows = candidates
     if not full and len(names) > 1:
-        by_hand = [Setting(), *(Setting.parse(text) for text in BY_HAND if by_model)]
-        asked = [row for row in candidates if row[1] in by_hand]
+        asked = [row for row in candidates if row[1] == Setting()]
+        if by_model:
+            asked += _by_hand(candidates)
         rows = [*asked, *_cover(candidates, asked, names, by_model)]
     return {m.name: tuple(s for name, s in rows if name == m.name) for m in family}
+
+
+def _by_hand(candidates: Sequence[Row]) -> Iterator[Row]:
+    """The rows of `BY_HAND`."""
+    many = len({name for name, _ in candidates}) > 2
+    for number, text in enumerate(BY_HAND, start=2):
+        setting = Setting.parse(text)
+        able = [row for row in candidates if row[1] == setting]
+        yield from [able[number % len(able)]] if many and able else able
 
 
 def _cover(
