@@ -26,9 +26,9 @@ from conformance.strategies import STRATEGIES, Strategy
 
 Row = tuple[str, Setting]  # a model's name and a setting
 
-# Delicate combinations that history names, asked wherever they apply, besides the pairs; in a family
-# of more than two models each of one model in turn, from the third on, which shares keys and values
-# in gemma4 (M05, S01 and O01 deal them too, and the full matrix asks them of every model).
+# Delicate combinations that history names, asked wherever they apply, besides the pairs; in a
+# family of more than two models each of one in turn, from the third on, which shares keys and
+# values in gemma4 (M05, S01 and O01 deal them too; the full matrix asks them of every model).
 BY_HAND: tuple[str, ...] = (
     "lora+ckpt-reentrant",
     "lora+ckpt-nonreentrant+packed",

@@ -147,8 +147,7 @@ def _param(case: Case, run: Run) -> Any:
     if "ranks" not in case.marks and case.strategy.ranks == 1:
         marks.append(pytest.mark.process)
         if case.model:  # one worker makes what the cases of a model and tuning copy
-            group = f"{case.model.name}:{case.setting.tuning}"
-            marks.append(pytest.mark.xdist_group(group))
+            marks.append(pytest.mark.xdist_group(f"{case.model.name}:{case.setting.tuning}"))
     else:
         # one worker has all of a model's starts, and the one process that they are held against
         marks.append(pytest.mark.xdist_group(case.model.name if case.model else "ranks"))

@@ -303,7 +303,7 @@ def every_module(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _trains(model: nn.Module) -> bool:
-    """Whether `model.train()` would change no module; what has a `train` of its own goes by that."""
+    """Whether `model.train()` would change nothing; what has a `train` of its own decides itself."""
     waiting = [model]
     while waiting:
         module = waiting.pop()
@@ -337,7 +337,7 @@ def bound(
     loaded: Loaded, case: Case, device: str, register: Callable[[Subject], None] | None = None
 ) -> Iterator[Subject]:
     """A Subject that is closed when the case ends, however it ends."""
-    if device == "cpu":  # torch.manual_seed notes a traceback for each kind of device that is absent
+    if device == "cpu":  # manual_seed notes a traceback for each device that is absent
         torch.default_generator.manual_seed(0)
     else:
         torch.manual_seed(0)

@@ -162,8 +162,10 @@ def gated_delta_layers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]
     """Pairs (decoder layer, its gated delta network), by the parameters such a network has."""
     for layer in every_module(unwrap(model)):
         for child in layer._modules.values():
-            if child is not None and "conv1d" in child._modules and all(
-                hasattr(child, part) for part in ("A_log", "dt_bias")
+            if (
+                child is not None
+                and "conv1d" in child._modules
+                and all(hasattr(child, part) for part in ("A_log", "dt_bias"))
             ):
                 yield layer, child
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from _pytest.mark.expression import Expression, ExpressionMatcher
 
-# What tests here carry (`test_plugin.py` holds it against them); cases have markers beyond these.
+# What tests here carry, as is seen to below; cases have markers beyond these.
 CARRIED = (
     "bench",
     "hypothesis",
@@ -33,6 +33,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     named = [name for name in CARRIED if name in expression]
     subsets = chain.from_iterable(combinations(named, n) for n in range(len(named) + 1))
     return None if any(compiled.evaluate(_has(subset)) for subset in subsets) else True
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """UsageError for a marker that would be overlooked above."""
+    unknown = {mark.name for mark in item.iter_markers()} - set(CARRIED)
+    if unknown:
+        raise pytest.UsageError(f"{item.nodeid}: add {sorted(unknown)} to CARRIED in {__file__}")
 
 
 def _has(names: tuple[str, ...]) -> ExpressionMatcher:

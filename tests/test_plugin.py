@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import pytest_ignore_collect as ignores
+
 ROOT = Path(__file__).parent.parent
 X12 = ("--case", "X12/mixtral/*")
 
@@ -112,7 +114,7 @@ def test_bad_shard_is_one_line(shard: str) -> None:
 def test_two_workers_give_the_same_report(tmp_path: Path) -> None:
     one, two = tmp_path / "one.json", tmp_path / "two.json"
     select = ("conformance/checks", "--case", "A0[123]/mixtral/*")
-    for path, extra in ((one, ()), (two, ("-n", "2", "--dist", "loadgroup"))):
+    for path, extra in ((one, ()), (two, ("-n", "2"))):
         result = run(*select, "--report", str(path), *extra)
         assert path.exists(), result.stdout + result.stderr
     first, second = rows(one), rows(two)
@@ -138,3 +140,23 @@ def test_loadgroup_keeps_a_group_on_one_worker(tmp_path: Path) -> None:
     workers = (tmp_path / "workers").read_text().split()
     assert len(workers) == 12
     assert len(set(workers)) == 1
+
+
+@pytest.mark.parametrize(
+    ("expression", "imported"),
+    [
+        ("gemma4", False),
+        ("gemma4 and not ranks", False),
+        ("gemma4 or ranks", True),
+        ("not ranks", True),
+        ("not gemma4", True),
+        ("", True),
+        ("gemma4 and", True),
+    ],
+)
+def test_own_tests_are_imported_where_they_can_be_selected(
+    expression: str, imported: bool, pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pytestconfig.option, "markexpr", expression)
+    ignored = ignores(Path(__file__), pytestconfig)
+    assert ignored is (None if imported else True)
