@@ -303,7 +303,7 @@ def every_module(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _trains(model: nn.Module) -> bool:
-    """Whether `model.train()` would change nothing; what has a `train` of its own decides itself."""
+    """Whether `model.train()` would change nothing; a module with a `train` of its own decides."""
     waiting = [model]
     while waiting:
         module = waiting.pop()
