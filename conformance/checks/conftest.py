@@ -28,7 +28,13 @@ gc.disable()  # the imports leave no garbage, and looking for it takes a third o
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
-    """Garbage is collected from here on; what is frozen stays so until the process ends."""
+    """Garbage is collected from here on; what is frozen stays so until the process ends.
+
+    Whole collections are rare: with nothing but the frozen in the oldest generation, Python would
+    start one every few models, and each walks all that is kept.
+    """
+    gc.set_threshold(20_000, 20, 20)
+    gc.freeze()
     gc.enable()
     atexit.register(_leave_in_a_hurry if hasattr(session.config, "workerinput") else gc.unfreeze)
 
@@ -43,12 +49,7 @@ def _leave_in_a_hurry() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _imports_are_not_garbage() -> None:
-    """Trainer collects garbage at each start: a quarter of a second while it walks the imports.
-
-    Whole collections are rare: with nothing but the frozen in the oldest generation, Python would
-    start one every few models, and each walks all that is kept.
-    """
-    gc.set_threshold(20_000, 20, 20)
+    """Trainer collects garbage at each start: a quarter of a second while it walks the imports."""
     gc.collect()
     gc.freeze()
 

@@ -111,7 +111,7 @@ def attentions(subject: Subject, model: torch.nn.Module) -> list[str]:
     return ["eager", "sdpa", *(["flex_attention"] if flex else [])]
 
 
-@check("A04", needs=("prepare", "loss"), settings=("-", "images"), dealt=("padded",))
+@check("A04", needs=("prepare", "loss"), dealt=("images", "padded"))
 def test_attention_implementations_agree(case: Case, subject: Subject, measured: Measured) -> None:
     """Eager and sdpa attention (on a GPU flex too) give the same logits and gradients.
 
