@@ -8,6 +8,7 @@ CUDA context, which no child may inherit
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from functools import cache
@@ -45,3 +46,5 @@ def ask_again() -> None:
 
 
 torch.cuda.get_device_capability = _told
+
+gc.disable()  # till `rank_warmth`: imports leave no garbage, looking for it is a third of their time
