@@ -47,4 +47,4 @@ def ask_again() -> None:
 
 torch.cuda.get_device_capability = _told
 
-gc.disable()  # till `rank_warmth`: imports leave no garbage, looking for it is a third of their time
+gc.disable()  # `rank_warmth` ends it: imports leave no garbage, and the search takes a third

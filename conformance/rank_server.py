@@ -149,7 +149,9 @@ def use(where: Mapping[str, str | bytes]) -> None:
         return
     server = _singleton()
     vars(server).update(where)
-    server._forkserver_alive_fd = os.open(os.devnull, os.O_RDONLY)  # its end is not ours to wait for
+    server._forkserver_alive_fd = os.open(
+        os.devnull, os.O_RDONLY
+    )  # its end is not ours to wait for
     server.ensure_running = lambda: None  # only its parent can ask how it is
     _started = _another = True
 

@@ -7,8 +7,9 @@ as the arguments tell that cases will be spread, else when the cases are known.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterable, Iterator
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,61 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if runs and not ranks.in_place():
         models = [case.model.name for case in cases if case.model and case.strategy.ranks > 1]
         _warm(config, dict.fromkeys(models))
+        if models and _alone(config):
+            _run_ahead(session)
+
+
+def _alone(config: pytest.Config) -> bool:
+    """Does this process run every case, on the CPU?"""
+    device = config.getoption("device")
+    return not hasattr(config, "workerinput") and device == "cpu" and not config.option.collectonly
+
+
+def _run_ahead(session: pytest.Session) -> None:
+    """Begin the starts of ranks that the cases will read, and put cases on ranks behind the others:
+    these run meanwhile."""
+    from conformance import ahead
+    from conformance.evidence import starts_ahead
+    from conformance.plugin import CASE
+
+    places = [n for n, item in enumerate(session.items) if CASE in item.stash]
+    items = sorted((session.items[n] for n in places), key=_on_ranks)
+    for place, item in zip(places, items, strict=True):
+        session.items[place] = item
+    subjects = _reading(session.config, [item.stash[CASE] for item in items])
+    session.config.add_cleanup(ahead.begin(starts_ahead(subjects, dict(os.environ))))
+
+
+def _on_ranks(item: pytest.Item) -> bool:
+    return "ranks" in item.keywords
+
+
+def _reading(config: pytest.Config, cases: Iterable[Case]) -> Iterator[Any]:
+    """The subjects of those cases that read the evidence of ranks and can be asked here."""
+    from conformance.checkpoint import available
+    from conformance.plugin import run_of
+    from conformance.subject import Subject
+
+    loaded = run_of(config).loaded
+    for case in cases:
+        if case.model is None or case.check.reads is None or case.check.hardware != "cpu":
+            continue
+        if not available(case.model) and not loaded.unsupported(case):
+            yield Subject(loaded, case)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    """A test that looks for processes left over, as those of ranks do that have no model, has this
+    process to itself."""
+    from conformance import ahead
+    from conformance.plugin import CASE
+
+    case = item.stash.get(CASE, None)
+    if case is not None and case.model is not None:
+        return (yield)
+    with ahead.held():
+        return (yield)
 
 
 def _warm(config: pytest.Config, models: Collection[str]) -> None:
