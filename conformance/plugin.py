@@ -148,7 +148,8 @@ def _param(case: Case, run: Run) -> Any:
         marks.append(pytest.mark.process)
     else:
         # one worker has all of a model's starts, and the one process that they are held against
-        marks.append(pytest.mark.xdist_group(case.model.name if case.model else "ranks"))
+        group = f"{case.model.name}:{case.setting.tuning}:ranks" if case.model else "ranks"
+        marks.append(pytest.mark.xdist_group(group))
     known = expected(case.id, run.loaded.expectations)
     if known and run.loaded.unsupported(case) is None:
         marks.append(
