@@ -53,7 +53,7 @@ def _unless_held(start: Callable[[], T]) -> T:
 def taken(key: Hashable, start: Callable[[], T]) -> T:
     """What the start of this key gave or raised ahead; else what it gives now."""
     promised = _promised.pop(key, None)
-    if promised is None or promised.cancel():
+    if promised is None or _held or promised.cancel():
         return start()
     found: T = promised.result()
     return found
