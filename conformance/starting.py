@@ -101,13 +101,13 @@ def _reading(config: pytest.Config, cases: Iterable[Case]) -> Iterator[Any]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
-    """A test that looks for processes left over, as those of ranks do that have no model, has this
-    process to itself."""
+    """Who looks for processes left over has this process to itself: tests that are no cases, and
+    cases on ranks without a model."""
     from conformance import ahead
     from conformance.plugin import CASE
 
     case = item.stash.get(CASE, None)
-    if case is not None and case.model is not None:
+    if case is not None and (case.model is not None or not _on_ranks(item)):
         return (yield)
     with ahead.held():
         return (yield)
