@@ -8,7 +8,6 @@ CUDA context, which no child may inherit
 
 from __future__ import annotations
 
-import gc
 import subprocess
 import sys
 from functools import cache
@@ -46,5 +45,3 @@ def ask_again() -> None:
 
 
 torch.cuda.get_device_capability = _told
-
-gc.disable()  # `rank_warmth` ends it: imports leave no garbage, and the search takes a third
