@@ -103,7 +103,8 @@ class Check:
     lone_rank: every strategy on one rank, its mesh all ones, as one GPU can hold it.
     one_a_family: the default matrix asks each strategy of the first model of each family that can
         have it, the full one of all.
-    reads: the parts of a start's evidence beside the step (`spread.PARTS`).
+    reads: the parts of a start's evidence beside the step (`spread.PARTS`); None for a check that
+        reads no such evidence.
     """
 
     id: str
@@ -124,7 +125,7 @@ class Check:
     nightly: bool = False
     lone_rank: bool = False
     one_a_family: bool = False
-    reads: tuple[str, ...] = ()
+    reads: tuple[str, ...] | None = None
     name: str = ""
     claim: str = ""
     motivation: str = ""

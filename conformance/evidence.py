@@ -6,14 +6,14 @@ was refused or failed is remembered too, and raised again for every check that a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from conformance import checkpoint, rank_steps, ranks, reading, spread
+from conformance import ahead, checkpoint, rank_steps, ranks, reading, spread
 from conformance.numerics import assert_close_gradients, assert_equal, relative_error, worst
 from conformance.spread import Job, Spread
 from conformance.strategies import STRATEGIES
@@ -48,21 +48,54 @@ def evidence(subject: Subject) -> Evidence:
 
     Beside the step it has what the selected checks of the case's model, setting and strategy read.
     """
-    case = subject.case
-    where = (subject.loaded.spec, subject.model_spec.name, case.setting, subject.device)
-    parts, parts_alone = reading.parts(case), reading.parts_of_all(case)
-
-    def spreading() -> tuple[Spread, ...]:
-        return tuple(run(subject, partial(spread.observe, parts=parts), options))
+    parts = reading.parts_of_all(subject.case)
 
     def single() -> Spread:
-        return run_alone(subject, partial(spread.observe, parts=parts_alone), options)
+        return run_alone(subject, partial(spread.observe, parts=parts), options)
 
     subject.plan()  # a refusal costs nothing
     options = oracle_options(subject)
     # first: the forkserver is still importing
-    one = _once((*where, parts_alone, repr(options)), single)
-    return Evidence(_once((*where, parts, case.strategy), spreading), one)
+    one = _once((*_where(subject), parts, repr(options)), single)
+    key = start_key(subject)
+    ranks = _once(key, lambda: ahead.taken(key, partial(spreading, subject)))
+    return Evidence(ranks, one)
+
+
+def _where(subject: Subject) -> tuple[Any, ...]:
+    return (
+        subject.loaded.spec,
+        subject.model_spec.name,
+        subject.case.setting,
+        subject.device,
+    )
+
+
+def start_key(subject: Subject) -> tuple[Any, ...]:
+    """What tells the start of a case's evidence from others."""
+    return (*_where(subject), reading.parts(subject.case), subject.case.strategy)
+
+
+def spreading(subject: Subject, environment: Mapping[str, str] | None = None) -> tuple[Spread, ...]:
+    """The start of a case's evidence: what each rank saw."""
+    fn = partial(spread.observe, parts=reading.parts(subject.case))
+    return tuple(run(subject, fn, oracle_options(subject), environment=environment))
+
+
+def starts_ahead(
+    subjects: Iterable[Subject], environment: Mapping[str, str]
+) -> Iterator[tuple[Hashable, Callable[[], tuple[Spread, ...]]]]:
+    """The starts that the cases will read, in their order; none of what cannot be planned.
+
+    All that one needs of this process is made before it is given, so that it can run on a thread.
+    """
+    for subject in subjects:
+        try:
+            subject.plan(options=oracle_options(subject))
+            checkpoint.checkpoint(subject.model_spec)
+        except Exception:
+            continue  # the case itself will say why
+        yield start_key(subject), partial(spreading, subject, environment)
 
 
 def saved_adapter(subject: Subject) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
@@ -89,13 +122,14 @@ def run(
     fn: Callable[[Job], T],
     options: Mapping[str, Any] | None = None,
     timeout: float = 60.0,
+    environment: Mapping[str, str] | None = None,
 ) -> list[T]:
     """`fn(job)` on each of the strategy's ranks; a rank's refusal is raised as a refusal.
 
     fn: a module-level function, or a partial of one. options: of the plan.
     """
     subject.plan(options=options)  # a refusal costs no start
-    return start(subject, fn, options, timeout)
+    return start(subject, fn, options, timeout, environment)
 
 
 def start(
@@ -103,6 +137,7 @@ def start(
     fn: Callable[[Job], T],
     options: Mapping[str, Any] | None = None,
     timeout: float = 60.0,
+    environment: Mapping[str, str] | None = None,
 ) -> list[T]:
     """As `run`, whatever the implementation's plan says of the case."""
     case = subject.case
@@ -111,7 +146,10 @@ def start(
     kind = "cuda" if subject.device.startswith("cuda") else "cpu"
     rest = (subject.loaded.spec, case, fn, path, dict(options or {}))
     try:
-        return ranks.run(case.strategy.ranks, spread.on_rank, *rest, device=kind, timeout=timeout)
+        return ranks.run(
+            case.strategy.ranks, spread.on_rank, *rest,
+            device=kind, timeout=timeout, environment=environment,
+        )  # fmt: skip
     except ranks.RankFailed as failed:
         if isinstance(failed.error, subject.refusals):
             raise failed.error from failed
@@ -210,7 +248,7 @@ def assert_step(subject: Subject, seen: Evidence, measured: Measured) -> None:
     row = row_of(subject)
     assert_number(subject, first.loss, single.loss, tolerance("loss/spread"), measured, "loss")
     assert_parity(subject, first.gradients, single.gradients, row, measured, "gradients")
-    if "exact" not in subject.case.check.reads:
+    if "exact" not in (subject.case.check.reads or ()):
         return
     exact = row_of(subject, "parameters")
     assert_parameters(subject, first.parameters, single.parameters, exact, measured)

@@ -19,9 +19,11 @@ from conformance.observe import full
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part; the same storage, no graph."""
-    tensor = tensor.detach()
-    part: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    found: Tensor = part
+    part: Any = tensor
+    if hasattr(tensor, "to_local"):
+        with torch.no_grad():  # else it is an operation of its own, as `DTensor.detach` is
+            part = part.to_local()
+    found: Tensor = part.detach()
     return found
 
 

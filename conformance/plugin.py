@@ -6,15 +6,14 @@ torch and does nothing until one of our checks is collected.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Generator, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from conformance import asked
+from conformance import asked, starting
 
 if TYPE_CHECKING:
     from conformance.case import Case
@@ -110,6 +109,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     for name, meaning in names.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
+    config.pluginmanager.register(starting, "conformance-starting")
 
 
 def run_of(config: pytest.Config) -> Run:
@@ -150,7 +150,8 @@ def _param(case: Case, run: Run) -> Any:
             marks.append(pytest.mark.xdist_group(f"{case.model.name}:{case.setting.tuning}"))
     else:
         # one worker has all of a model's starts, and the one process that they are held against
-        marks.append(pytest.mark.xdist_group(case.model.name if case.model else "ranks"))
+        group = f"{case.model.name}:{case.setting.tuning}:ranks" if case.model else "ranks"
+        marks.append(pytest.mark.xdist_group(group))
     known = expected(case.id, run.loaded.expectations)
     if known and run.loaded.unsupported(case) is None:
         marks.append(
@@ -174,44 +175,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         _refuse_stale(config.stash[RUN])
     index, count = asked.shard(config)
     items[:] = items[index - 1 :: count]
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Tell the rank processes which models the selected cases spread, and what is read of them."""
-    from conformance import reading
-
-    cases = [item.stash[CASE] for item in session.items if CASE in item.stash]
-    reading.expect(cases)
-    models = [case.model.name for case in cases if case.model and case.strategy.ranks > 1]
-    _start_forkserver(session.config, dict.fromkeys(models))
-
-
-def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> None:
-    """Where `-m` asks for ranks by name, the forkserver's imports run beside the collection's."""
-    if module_path.parent == Path(__file__).parent / "checks":
-        _start_forkserver(parent.config, _spread_by_name(parent.config.getoption("-m")))
-
-
-def _spread_by_name(expression: str) -> list[str]:
-    """The models that a mark expression asks to be spread, if it names a way to spread them."""
-    from conformance.families import MODELS
-    from conformance.strategies import STRATEGIES
-
-    words = set(re.findall(r"\w+", re.sub(r"\bnot\s+\w+", "", expression)))
-    if not words & {"ranks", *(s.name for s in STRATEGIES.values() if s.ranks > 1)}:
-        return []
-    named = [m.name for m in MODELS.values() if words & {m.name, m.family}]
-    return named or list(MODELS)
-
-
-def _start_forkserver(config: pytest.Config, models: Collection[str]) -> None:
-    """Start it once, in the background; the ranks' parent is a worker, where there are workers."""
-    from conformance import ranks
-
-    parent = hasattr(config, "workerinput") or config.getoption("dist", "no") == "no"
-    if models and parent and not config.option.collectonly and not ranks.in_place():
-        ranks.expect(models, config.getoption("impl"))
-        ranks.warm()
 
 
 def _drop_empty(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -444,6 +407,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         run_of(session.config)
     from conformance import ranks
 
+    starting.begin(session.config)
     if not hasattr(session.config, "workerinput") and ranks.reporter():
         from conformance.recording import Recorder
 

@@ -54,4 +54,4 @@ for _model in filter(None, os.environ.get("CONFORMANCE_EXPECTED_MODELS", "").spl
 ask_again()
 gc.collect()
 gc.freeze()  # a collection in a rank would touch, and so copy, every page of the imports
-atexit.register(gc.unfreeze)  # extension modules that count expect it at the end
+atexit.register(os._exit, 0)  # there is nothing to tidy up, and that takes a second

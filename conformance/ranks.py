@@ -13,16 +13,16 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from conformance import rank_server
 from conformance.rank_process import (
     Outcome,
     RankContext,
@@ -32,6 +32,7 @@ from conformance.rank_process import (
     rank_main,
     run_in_place,
 )
+from conformance.rank_server import expect, preload, warm
 
 __all__ = [
     "RankContext",
@@ -46,56 +47,6 @@ __all__ = [
     "run",
     "warm",
 ]
-
-BASE_MODULES = (
-    "conformance.torchvision_ops",  # before transformers
-    "numpy",
-    "torch",
-    "torch.distributed",
-    "torch.nn.parallel",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor",
-    "torch.distributed.tensor.parallel",
-    "torch.utils.checkpoint",
-    "transformers",
-    "transformers.modeling_utils",
-    "transformers.distributed",
-    "peft",
-    "accelerate",
-    "pytest",
-    "conformance.rank_process",
-    "conformance.subject",
-    "conformance.rank_steps",
-    "conformance.rank_failures",
-    "conformance.numerics",
-    "conformance.implementations.reference",
-    "conformance.implementations.transformers",
-    *(
-        f"{package}.{part}"
-        for package in ("impl", "conformance.impl")
-        for part in (
-            "parallel",
-            "parallel_tensor",
-            "plan",
-            "prepare",
-            "build",
-            "collate",
-            "loss",
-            "detect_class",
-            "checkpoints",
-        )
-    ),
-)
-"""Imported once by the forkserver; a module that an older stack lacks is passed over."""
-
-_FAMILIES = (
-    "gemma4 gemma4_unified gemma3 gemma3n qwen3_5 qwen3_5_moe qwen3_next qwen3_moe qwen2_moe"
-    " mixtral siglip"
-)
-MODELLING_MODULES = tuple(
-    f"transformers.models.{name}.modeling_{name}" for name in _FAMILIES.split()
-)
-"""The default of `preload`: every modelling module that the suite's families use."""
 
 START_SECONDS = 240.0
 """For the forkserver's own start (4 s alone on two cores, far more on a crowded machine)."""
@@ -140,10 +91,6 @@ class WrongWorldSize(Exception):
 
 
 _context = multiprocessing.get_context("forkserver")
-_started = False
-_modules: tuple[str, ...] = (*BASE_MODULES, *MODELLING_MODULES)
-_models: tuple[str, ...] = ()
-_implementation = ""
 
 
 def in_place() -> bool:
@@ -159,65 +106,6 @@ def launched_ranks() -> int:
 def reporter() -> bool:
     """Does this process report? Always, but under a launcher only rank 0."""
     return not in_place() or int(os.environ["RANK"]) == 0
-
-
-def preload(modules: Iterable[str], base: Iterable[str] = BASE_MODULES) -> None:
-    """Name the modelling modules that the forkserver imports beside `base`, before the first start.
-
-    Raises RuntimeError once the forkserver runs: they would silently not be preloaded.
-    """
-    global _modules
-    if _started:
-        raise RuntimeError("preload() comes before the first ranks.run() or warm()")
-    _modules = (*base, *modules)
-
-
-def expect(models: Iterable[str], implementation: str) -> None:
-    """Name the suite's models that will be spread, and by what: the forkserver loads them once for
-    all ranks."""
-    global _models, _implementation
-    _models, _implementation = tuple(models), implementation
-
-
-@contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    """Set environment variables for the length of a block."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def warm() -> None:
-    """Start the forkserver in the background, so that the first case does not wait for its
-    imports."""
-    global _started
-    if _started:
-        return
-    from multiprocessing import forkserver
-
-    modules = ["conformance.rank_devices", *_modules, "conformance.rank_warmth"]
-    _context.set_forkserver_preload(modules)
-    # Threads do not survive a fork, and the CUDA runtime must not be touched before one.
-    with _environment(
-        OMP_NUM_THREADS="1",
-        OPENBLAS_NUM_THREADS="1",
-        MKL_NUM_THREADS="1",
-        PYTORCH_NVML_BASED_CUDA_CHECK="1",
-        TOKENIZERS_PARALLELISM="false",
-        HF_HUB_OFFLINE="1",
-        CONFORMANCE_EXPECTED_MODELS=",".join(_models),
-        CONFORMANCE_EXPECTED_IMPLEMENTATION=_implementation,
-        PYTHONPATH=os.pathsep.join(path for path in sys.path if path),
-    ):
-        forkserver.ensure_running()
-    _started = True
 
 
 @dataclass
@@ -292,16 +180,18 @@ class _Group:
     timeout: float
     ranks: list[_Rank] = field(default_factory=list)
 
-    def start(self, size: int, payload: bytes, device: str, seed: int, scratch: Path) -> None:
+    def start(
+        self, size: int, payload: bytes, device: str, seed: int, scratch: Path,
+        environment: dict[str, str],
+    ) -> None:  # fmt: skip
         """Fork the ranks."""
-        environment = dict(os.environ)
         for rank in range(size):
             where = f"cuda:{rank}" if device == "cuda" else device
             context = RankContext(rank, size, rank, where, scratch, self.timeout)
             ours, theirs = _context.Pipe()
             start = Start(context, payload, seed, environment)
             process = _context.Process(target=rank_main, args=(theirs, start), daemon=True)
-            process.start()
+            rank_server.begin(process)
             theirs.close()
             self.ranks.append(_Rank(context, process, ours))
 
@@ -400,13 +290,14 @@ def run(
     device: str = "cpu",
     timeout: float = 60.0,
     seed: int = 0,
+    environment: Mapping[str, str] | None = None,
 ) -> list[Any]:
     """Call `fn(rank_context, *args)` on `world_size` fresh ranks; its results, by rank.
 
     `fn` is a module-level function. Arguments and results are pickled; tensors arrive on the CPU.
     `device` is `cpu` (gloo) or `cuda` (NCCL, rank i on device i). `timeout` is in seconds, from
-    when all ranks have met. Under `torchrun` the same call runs on the ranks that are there, and
-    every rank gets all results.
+    when all ranks have met. `environment` is this process's as it is now, unless it is given. Under
+    `torchrun` the same call runs on the ranks that are there, and every rank gets all results.
 
     Raises RankFailed, RanksTimeout, and WrongWorldSize under a launcher with another number of
     ranks.
@@ -419,7 +310,7 @@ def run(
     group = _Group(timeout)
     clean = False
     try:
-        group.start(world_size, payload, device, seed, scratch)
+        group.start(world_size, payload, device, seed, scratch, dict(environment or os.environ))
         outcomes = group.collect()
         clean = True
     finally:

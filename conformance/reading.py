@@ -22,20 +22,20 @@ def expect(cases: Iterable[Case]) -> None:
     for case in cases:
         if case.model is not None:
             key = (case.model.name, case.setting, case.strategy)
-            _read.setdefault(key, set()).update(case.check.reads)
+            _read.setdefault(key, set()).update(case.check.reads or ())
 
 
 def parts(case: Case) -> frozenset[str]:
     """What the checks of the case's model, setting and strategy read."""
     assert case.model is not None, f"{case.id} has no model"
     key = (case.model.name, case.setting, case.strategy)
-    return frozenset(case.check.reads) | frozenset(_read.get(key, ()))
+    return frozenset(case.check.reads or ()) | frozenset(_read.get(key, ()))
 
 
 def parts_of_all(case: Case) -> frozenset[str]:
     """The same over every strategy: what one process, which all are held against, must have."""
     assert case.model is not None, f"{case.id} has no model"
-    name, found = case.model.name, set(case.check.reads)
+    name, found = case.model.name, set(case.check.reads or ())
     for (model, setting, _), read in _read.items():
         if (model, setting) == (name, case.setting):
             found |= read

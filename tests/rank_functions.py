@@ -171,3 +171,8 @@ if __name__ == "__main__":
     import tests.rank_functions as this
 
     getattr(this, sys.argv[1])()
+
+
+def forked_by(context: RankContext) -> int:
+    """The process that forked this rank."""
+    return os.getppid()

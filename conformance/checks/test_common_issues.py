@@ -153,6 +153,7 @@ def test_ddp_row(case: Case, subject: Subject, measured: Measured) -> None:
 @check(
     "I07",
     needs=RANKS,
+    reads=(),
     models=("gemma4-moe",),
     settings=("offload", "lora+ckpt-nonreentrant+offload-hidden_states"),
     strategies=("ddp", "fsdp2"),
@@ -212,7 +213,7 @@ def test_fsdp2_row(case: Case, subject: Subject, measured: Measured) -> None:
     assert_step(subject, evidence.evidence(subject), measured)
 
 
-@check("I10", needs=RANKS, models=("mixtral",), strategies=("tp_ep",), marks=ISSUES)
+@check("I10", needs=RANKS, reads=(), models=("mixtral",), strategies=("tp_ep",), marks=ISSUES)
 def test_old_expert_parallel_flag(case: Case, subject: Subject, measured: Measured) -> None:
     """`enable_expert_parallel=True` is accepted and does nothing; the working form halves experts.
 

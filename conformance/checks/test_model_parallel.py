@@ -83,7 +83,7 @@ def test_context_parallel_is_one_process(case: Case, subject: Subject, measured:
 
 
 @check(
-    "F19", needs=NEEDS, models=PACKED, settings=("packed", "lora+ckpt-nonreentrant"),
+    "F19", needs=NEEDS, reads=(), models=PACKED, settings=("packed", "lora+ckpt-nonreentrant"),
     strategies=("cp",),
 )  # fmt: skip
 def test_context_parallel_of_packed_rows(case: Case, subject: Subject, measured: Measured) -> None:
@@ -95,7 +95,7 @@ def test_context_parallel_of_packed_rows(case: Case, subject: Subject, measured:
     assert_step(subject, seen, measured)
 
 
-@check("F20", needs=NEEDS, traits=("vision",), settings=("images",), strategies=("cp",))
+@check("F20", needs=NEEDS, reads=(), traits=("vision",), settings=("images",), strategies=("cp",))
 def test_context_parallel_of_images(case: Case, subject: Subject, measured: Measured) -> None:
     """Images across the cut and in one rank's slice give one process's gradients, or a refusal.
 
@@ -107,7 +107,7 @@ def test_context_parallel_of_images(case: Case, subject: Subject, measured: Meas
     assert_step(subject, seen, measured)
 
 
-@check("F22", needs=NEEDS, strategies=SPREAD)
+@check("F22", needs=NEEDS, reads=(), strategies=SPREAD)
 def test_spreading_takes_effect(case: Case, subject: Subject, measured: Measured) -> None:
     """Each rank has the share of rows, tokens, weights and experts that its strategy promises.
 
@@ -165,6 +165,7 @@ def test_auxiliary_loss_over_ranks(case: Case, subject: Subject, measured: Measu
 @check(
     "C08",
     needs=(*NEEDS, "save"),
+    reads=(),
     models=LORA_MODELS,
     settings=("lora", "lora-experts"),
     strategies=("ddp", "fsdp2", "tp", "tp_ep", "fsdp2_ep", "cp"),

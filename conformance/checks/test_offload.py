@@ -188,6 +188,7 @@ def test_offloading_frees_memory(case: Case, subject: Subject, measured: Measure
 @check(
     "O04",
     needs=("plan", "build", "prepare", "parallelize", "loss"),
+    reads=(),
     models=("gemma4-moe",),
     settings=("offload", "ckpt-nonreentrant+offload-hidden_states"),
     strategies=("ddp", "fsdp2"),

@@ -24,7 +24,7 @@ MODELS = ("gemma4-moe", "gemma4-dense", "qwen3_5_moe-text")
 PADDED = 16  # bytes a weight: what does not divide by the ranks
 
 
-@check("Q05", needs=NEEDS, models=MODELS, strategies=("ddp", "fsdp2"), **QLORA)
+@check("Q05", needs=NEEDS, reads=(), models=MODELS, strategies=("ddp", "fsdp2"), **QLORA)
 def test_packed_weights_on_ranks_are_one_process(
     case: Case, subject: Subject, measured: Measured, unavailable: Any
 ) -> None:
@@ -39,7 +39,7 @@ def test_packed_weights_on_ranks_are_one_process(
     assert_step(subject, seen, measured)
 
 
-@check("Q06", needs=NEEDS, models=MODELS, strategies=("ddp", "fsdp2"), **QLORA)
+@check("Q06", needs=NEEDS, reads=(), models=MODELS, strategies=("ddp", "fsdp2"), **QLORA)
 def test_bytes_of_a_rank_are_within_the_budget(
     case: Case, subject: Subject, measured: Measured, unavailable: Any
 ) -> None:
@@ -116,7 +116,14 @@ def test_adapters_of_packed_experts_on_ranks(
     assert_step(subject, evidence.Evidence(tuple(ranks), single), measured)
 
 
-@check("Q08", needs=NEEDS, models=("gemma4-moe",), strategies=("tp", "tp_ep", "fsdp2_ep"), **QLORA)
+@check(
+    "Q08",
+    needs=NEEDS,
+    reads=(),
+    models=("gemma4-moe",),
+    strategies=("tp", "tp_ep", "fsdp2_ep"),
+    **QLORA,
+)
 def test_cut_weights_are_declined_or_right(
     case: Case, subject: Subject, measured: Measured, unavailable: Any
 ) -> None:
