@@ -123,8 +123,7 @@ def test_ranks_load_the_same(case: Case, subject: Subject, measured: Measured) -
         assert not wrong, f"{case.id}: rank {number}: {len(wrong)} differ, such as {wrong[0]}"
 
 
-# Loss and gradients on four ranks are L04's for every model; a step after them differs by family.
-@check("F10", needs=NEEDS, reads=EXACT, one_a_family=True, strategies=("hsdp",))
+@check("F10", needs=NEEDS, reads=EXACT, strategies=("hsdp",))
 def test_hybrid_is_one_process(case: Case, subject: Subject, measured: Measured) -> None:
     """Sharded over pairs and replicated over two of them gives the step of one process.
 
