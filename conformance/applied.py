@@ -128,11 +128,7 @@ class Calls:
 
     def children_of(self, owner: nn.Module) -> dict[str, int]:
         """Calls of each leaf module inside the owner of a place, by its path there."""
-        return {
-            path: self.children[f"{id(owner)}.{path}"]
-            for path, module in owner.named_modules()
-            if path and not list(module.children())
-        }
+        return {path: self.children[f"{id(owner)}.{path}"] for path, _ in _leaves(owner)}
 
 
 @contextmanager
@@ -148,10 +144,9 @@ def counted(put: Sequence[Place], layers: Sequence[nn.Module]) -> Iterator[Calls
         handles.append(layer.register_forward_hook(leave, always_call=True))
     owners = {id(place.of): place.of for place in put if place.of is not None}
     for owner in owners.values():
-        for path, module in owner.named_modules():
-            if path and not list(module.children()):
-                count = functools.partial(_count, calls.children, f"{id(owner)}.{path}")
-                handles.append(module.register_forward_pre_hook(count))
+        for path, module in _leaves(owner):
+            count = functools.partial(_count, calls.children, f"{id(owner)}.{path}")
+            handles.append(module.register_forward_pre_hook(count))
     for place in put:
         put_in_place(place, _counting(place, calls.by_layer, running))
     try:
@@ -161,6 +156,13 @@ def counted(put: Sequence[Place], layers: Sequence[nn.Module]) -> Iterator[Calls
             put_back(place)
         for handle in handles:
             handle.remove()
+
+
+def _leaves(owner: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules below one that have none below them, by their path."""
+    for path, module in owner.named_modules():
+        if path and not list(module.children()):
+            yield path, module
 
 
 def _set(running: list[Any], number: int | None, *_: Any) -> None:

@@ -10,9 +10,11 @@ import os
 import re
 from collections.abc import Collection, Iterator
 from difflib import get_close_matches
+from itertools import product
 from pathlib import Path
 
 import pytest
+from _pytest.mark.expression import Expression
 
 CHECKS = Path(__file__).parent / "checks"
 _OPERATORS = {"and", "or", "not", "True", "False", "None"}
@@ -42,6 +44,20 @@ def for_checks(config: pytest.Config) -> bool:
     started = config.invocation_params.dir
     places = [(started / arg.partition("::")[0]).resolve() for arg in config.args]
     return any(p in (here, here.parent) or here in p.parents for p in places)
+
+
+def may_match(expression: str, certain: Collection[str], possible: Collection[str]) -> bool:
+    """Whether `-m expression` can match what has all markers of `certain` and any of `possible`.
+
+    Raises SyntaxError for an expression that is none; pytest says later what is wrong with it.
+    """
+    compiled = Expression.compile(expression)
+    open_ = sorted(set(possible) & set(re.findall(r"[\w+-]+", expression)))
+    for present in product((False, True), repeat=len(open_)):
+        has = {*certain, *(name for name, here in zip(open_, present, strict=True) if here)}
+        if compiled.evaluate(lambda name, /, _has=has, **_: name in _has):
+            return True
+    return False
 
 
 def shard(config: pytest.Config) -> tuple[int, int]:

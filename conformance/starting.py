@@ -8,13 +8,10 @@ as the arguments tell that cases will be spread, else when the cases are known.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection, Generator, Iterable, Iterator
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from _pytest.mark.expression import Expression
 
 from conformance import asked
 
@@ -151,16 +148,8 @@ def _may_match(expression: str, names: Collection[str]) -> bool:
     """Whether a case with these markers, and any tokens of a setting, can match."""
     from conformance.settings import DIMENSIONS
 
-    if not expression:
-        return True
     tokens = {t for values in DIMENSIONS.values() for t in values.values() if t}
-    open_ = sorted(tokens & set(re.findall(r"[\w+-]+", expression)))
     try:
-        compiled = Expression.compile(expression)
+        return not expression or asked.may_match(expression, names, tokens)
     except SyntaxError:
         return False  # pytest says what is wrong with it
-    for present in product((False, True), repeat=len(open_)):
-        has = {*names, *(token for token, here in zip(open_, present, strict=True) if here)}
-        if compiled.evaluate(lambda name, /, _has=has, **_: name in _has):
-            return True
-    return False

@@ -30,9 +30,10 @@ _NOT_KEYS = frozenset(
 # Keys that a plugin brings: left out when they say no.
 _PLUGIN_KEYS = frozenset({"cut_cross_entropy", "use_scattermoe", "use_sonicmoe"})
 _EXPERT_PARALLEL = "axolotl.integrations.expert_parallel.ExpertParallelPlugin"
+_FLASH_ONLY = "axolotl's context parallel takes FlashAttention only"
 _RING = (
-    "axolotl's context parallel takes FlashAttention only, and a ring drops sliding windows; the"
-    " reference gathers keys and values instead, with sdpa"
+    f"{_FLASH_ONLY}, and a ring drops sliding windows; the reference gathers keys and values"
+    " instead, with sdpa"
 )
 _PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./@-]*")
 _WORDS = frozenset({"true", "false", "null", "yes", "no", "on", "off", "y", "n", "~"})
@@ -80,7 +81,7 @@ def _cautions(plan: TrainingPlan) -> list[str]:
     width = plan.traits.head_width
     if not _rings(plan) or width <= FLASH_WIDTH:
         return list(plan.warnings)
-    says = f"axolotl cannot train this: {_RING.partition(',')[0]}, and heads of {width} are wider"
+    says = f"axolotl cannot train this: {_FLASH_ONLY}, and heads of {width} are wider"
     return [*plan.warnings, f"{says} than the {FLASH_WIDTH} that it takes; use another strategy"]
 
 

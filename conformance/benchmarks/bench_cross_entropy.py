@@ -319,9 +319,13 @@ def plan(part: str) -> list[Cell]:
         each("reference", True, ignored=0.5)
     if part in ("main", "all"):
         for trainable in (False, True):
-            for provider in ("cce", "liger", "full-logits"):
-                each(provider, trainable)
-            for provider in ("torch.linear_cross_entropy", "cce-exact"):
+            for provider in (
+                "cce",
+                "liger",
+                "full-logits",
+                "torch.linear_cross_entropy",
+                "cce-exact",
+            ):
                 each(provider, trainable)
     if part in ("sizes", "all"):
         sizes = ((i, t, n) for i in (0.0, 0.5) for t in (False, True) for n in SIZES)

@@ -99,9 +99,8 @@ def plainly(model: nn.Module, batch: Batch) -> Step:
     return Step(loss=float(loss.detach()), gradients={})
 
 
-OPAQUE = (
-    4  # graphs that a function may cost which the compiler does not enter, in a loop that it leaves
-)
+# Graphs that a function may cost which the compiler does not enter, in a loop that it leaves.
+OPAQUE = 4
 
 
 @check(

@@ -64,7 +64,7 @@ def route(
         return torch.empty(shape, dtype=torch.int32, device=device)
 
     counts, totals = empty(blocks, bins), empty(bins)
-    tile_first, wide_first = empty(experts + 1), empty(experts + 1)
+    tile_first, wide_first = empty(experts + 1), empty(experts + 1) if wides else None
     result = Routing(
         empty(slots),
         empty(slots),
@@ -101,7 +101,7 @@ def route(
         offsets=result.offsets,
         tile_first=tile_first,
         chunk_first=result.chunk_first,
-        wide_first=wide_first if wides else None,
+        wide_first=wide_first,
         counter=result.counter,
         EXPERTS=experts,
         BINS=bins,
@@ -129,7 +129,7 @@ def route(
         chunk_expert=result.chunk_expert,
         chunk_row=result.chunk_row,
         chunks=chunks,
-        wide_first=wide_first if wides else None,
+        wide_first=wide_first,
         wide_expert=result.wide_expert if wides else None,
         wide_row=result.wide_row if wides else None,
         wides=wides,
